@@ -1,0 +1,36 @@
+"""A nested vision transformer on scikit-learn's digits, 8 x 8 pixels.
+
+    python -m experiments.train --config=configs/digits_vit.py --workdir=runs/digits_vit
+
+Another method trains with its name as the argument: `--config=configs/digits_vit.py:matformer_sampled`.
+"""
+
+import ml_collections
+
+from nestnet.recipes import recipe
+
+
+def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = dict(name="ViT", layers=4, embed=64, heads=4, mlp=256, patch=2, drop_path=0.0)
+  config.space = dict(
+    layers=(2, 3, 4), embed=(32, 48, 64), heads=(2, 4), mlp=(64, 256),
+    # What trains. Every member of the space is evaluated.
+    pool=("layers=2,embed=32,heads=2,mlp=64", "layers=3,embed=32,heads=4,mlp=256",
+          "layers=2,embed=64,heads=2,mlp=256", "layers=3,embed=48,heads=2,mlp=64",
+          "layers=4,embed=48,heads=4,mlp=256", "layers=4,embed=64,heads=4,mlp=256"))
+  if method.startswith("matryoshka"):
+    config.model.features = 64
+    config.space = dict(features=(4, 8, 16, 32, 64))
+    config.recipe = recipe(method, sizes=(4, 8, 16, 32, 64))
+  else:
+    config.recipe = recipe(method)
+  config.data = dict(name="digits", data_dir="", augment="digits")
+  config.optim = dict(name="adamw", learning_rate=2e-3, schedule="cosine", warmup_steps=50,
+                      weight_decay=0.05, clip_norm=1.0, b1=0.9, b2=0.999)
+  # Global batch, in images; the last step is always saved.
+  config.train = dict(steps=600, batch_size=128, checkpoint_every=200, log_every=10, eval_every=0)
+  # Devices; -1 takes all that are there.
+  config.mesh = dict(data=1)
+  return config

@@ -1,0 +1,30 @@
+"""Evaluates sub-networks of a run.
+
+python -m experiments.evaluate --workdir=runs/digits_vit --subnets='layers=2,embed=32;layers=0+3'
+"""
+
+from absl import flags
+
+from nestnet import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+SUBNETS = flags.DEFINE_string("subnets", "", "sub-networks joined by ';'; the space or a sample of it "
+                              "by default. Axes left out are as large as they may be")
+
+
+def main(argv):
+  del argv
+  from nestnet import report, runs
+  run, step, state = runs.opened(WORKDIR.value)
+  space = run.supernet.space
+  texts = [text for text in SUBNETS.value.split(";") if text.strip()]
+  members = [space.subnet(text) for text in texts] or runs.evaluated(space)
+  rows = runs.evaluate(run, state, members, show_progress=True)
+  print(report.table(runs.shown(rows)))
+  print(f"{len(rows)} of {space.size} sub-networks, at step {step} of {run.steps}")
+  if not texts:
+    report.write_rows(f"{WORKDIR.value}/subnets.json", rows)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,177 @@
+"""Charts of subnets and of recipes, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+import io
+import itertools
+import os
+import statistics
+
+from matplotlib import axes as mpl_axes
+from matplotlib import figure
+from matplotlib import ticker
+
+from nestnet import files
+from nestnet import report
+
+# Okabe and Ito's palette: distinct under every common form of colour blindness.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX"
+_GREY = "#8A8A8A"
+_NAMES = {"params": "parameters", "flops": "FLOPs"}
+
+
+def pareto_chart(
+    path: str | os.PathLike[str], rows: Sequence[report.Row], cost: str = "params",
+    metric: str = "accuracy", title: str = "One network, many sizes", budget: str = "") -> None:
+  """Draws accuracy against cost for every subnet, and the front of the best.
+
+  Args:
+    path: the PNG to replace.
+    rows: at least one row.
+    cost: key of the horizontal axis, logarithmic if the rows span more than a factor of 10.
+    metric: key of the vertical axis, a fraction shown in percent.
+    title: heading.
+    budget: caption: what was spent on these numbers (steps, images, training FLOPs, seeds).
+
+  Raises:
+    ValueError: no rows, or a row lacks one of the two keys.
+  """
+  if not rows:
+    raise ValueError("a chart needs at least one row, got none")
+  front = report.pareto(rows, cost, metric)
+  chart = figure.Figure(figsize=(7.2, 4.6), layout="constrained")
+  axes = chart.subplots()
+  for subset, style, look in (
+      (rows, "o", dict(color=_GREY, alpha=0.55, markersize=5, label=f"subnets ({len(rows)})")),
+      (front, "o-", dict(color=_COLOURS[0], linewidth=1.6, label="best at their cost"))):
+    axes.plot([row[cost] for row in subset], [100 * row[metric] for row in subset], style,
+              markeredgewidth=0, **look)
+  costs = [row[cost] for row in rows]
+  _cost_axis(axes, _NAMES.get(cost, cost.replace("_", " ")), log=max(costs) > 10 * min(costs))
+  axes.set_ylabel(f"{metric.replace('_', ' ')} (%)")
+  # Room above and below the points, where labels cover none of them.
+  axes.margins(y=0.25)
+  _label(axes, min(rows, key=lambda row: row[cost]), cost, metric, "smallest")
+  if len(rows) > 1:
+    _label(axes, max(rows, key=lambda row: row[cost]), cost, metric, "largest")
+  axes.legend(loc="lower right", frameon=False, fontsize=9)
+  _finish(chart, path, title, budget)
+
+
+def compare_chart(
+    path: str | os.PathLike[str], results: Sequence[report.Result],
+    title: str = "Accuracy against size", caption: str = "",
+    labels: Mapping[str, str] | None = None) -> None:
+  """Draws accuracy against parameters, one panel for each budget, one line for each recipe.
+
+  Bars are 95% intervals over seeds. Where a few points lie so low that the others could not be told
+  apart, the panels end above them and name their values at the lower edge.
+
+  Args:
+    path: the PNG to replace.
+    results: as `report.compare_table` takes them.
+    title: heading.
+    caption: what was spent (steps, images, seeds), below the panels.
+    labels: plain words for the legend, by recipe; default: the recipe's name.
+
+  Raises:
+    ValueError: no results, or two of the same recipe, budget and subnet.
+  """
+  grids = report.by_budget(results)
+  recipes = list(dict.fromkeys(result.recipe for result in results))
+  words = {recipe: (labels or {}).get(recipe, recipe.replace("_", " ")) for recipe in recipes}
+  lines = {(budget, recipe): [(result.params, *_percent(result)) for result in grid.of(recipe)]
+           for budget, grid in grids.items() for recipe in grid.recipes}
+  floor, top = _limits(grids.values())
+  chart = figure.Figure(figsize=(max(6.4, 4.6 * len(grids)), 5), layout="constrained")
+  # A figure of its own for panels and legend: in one figure, legend and caption would overlap.
+  body = chart.subfigures()
+  panels = body.subplots(1, len(grids), sharey=True, squeeze=False)[0]
+  handles, cut = {}, False
+  for axes, (budget, grid) in zip(panels, grids.items()):
+    _cost_axis(axes, "parameters of the subnet", log=True)
+    axes.set_title(report.sentence(budget), fontsize=11)
+    dodges = _dodges([size[0] for size in grid.sizes], len(recipes))
+    row = 0.02
+    for index, recipe in enumerate(recipes):
+      if recipe not in grid.recipes:
+        continue
+      costs, means, halves = zip(*lines[budget, recipe])
+      costs = [dodges[index] * cost for cost in costs]
+      colour = _COLOURS[index % len(_COLOURS)]
+      handles[words[recipe]] = axes.errorbar(
+          costs, means, halves, color=colour, marker=_MARKERS[index % len(_MARKERS)], markersize=5,
+          linewidth=1.4, elinewidth=1, capsize=2.5)
+      below = [(cost, mean) for cost, mean in zip(costs, means) if mean < floor]
+      for cost, mean in below:
+        axes.text(cost, row, f"▾{mean:.0f}", color=colour, fontsize=8, ha="center",
+                  transform=axes.get_xaxis_transform())
+      if below:
+        row, cut = row + 0.045, True
+  panels[0].set_ylim(floor if cut else None, top)
+  panels[0].set_ylabel("test accuracy (%)")
+  panels[0].yaxis.set_major_locator(ticker.MaxNLocator(7, steps=(1, 2, 5, 10)))
+  body.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False,
+              ncols=min(len(handles), 2 * len(grids)), fontsize=9)
+  note = "▾ marks means below the panel." if cut else ""
+  _finish(chart, path, title, " ".join(filter(None, (caption, note))))
+
+
+def _percent(result: report.Result) -> tuple[float, float]:
+  mean, half = report.interval(result.accuracies)
+  return 100 * mean, 100 * half
+
+
+def _limits(grids: Iterable[report.Grid]) -> tuple[float, float]:
+  """The lowest and highest percent to show: all that the better half of the recipes reach."""
+  rows = [[mean for mean, _ in grid.row(size, _percent).values()]
+          for grid in grids for size in grid.sizes]
+  highest, lowest = max(map(max, rows)), min(map(statistics.median_high, rows))
+  spread = max(highest - lowest, 2)
+  return lowest - 0.5 * spread, min(highest + 0.2 * spread, 100 + 0.03 * spread)
+
+
+def _dodges(costs: Sequence[int], count: int) -> list[float]:
+  """Factors that put the bars of each size side by side on a logarithmic axis."""
+  closest = min((b / a for a, b in itertools.pairwise(costs) if b > a), default=1.2)
+  span = max(costs[-1] / costs[0], 10)
+  width = min(closest ** 0.5, span ** (0.012 * count))
+  return [width ** ((index - (count - 1) / 2) / max(count - 1, 1)) for index in range(count)]
+
+
+def _cost_axis(axes: mpl_axes.Axes, name: str, log: bool) -> None:
+  axes.set_xlabel(name)
+  if log:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+  axes.xaxis.set_major_formatter(lambda value, _: report.human(value).replace(".0", ""))
+
+
+def _label(axes: mpl_axes.Axes, row: report.Row, cost: str, metric: str, which: str) -> None:
+  """Names the smallest subnet below all points, the largest above them."""
+  low = which == "smallest"
+  fields = row["subnet"].replace(",", ", ")
+  axes.annotate(
+      f"{which}: {report.human(row[cost])} {_NAMES.get(cost, cost)}, {100 * row[metric]:.1f}%\n"
+      f"{fields}",
+      xy=(row[cost], 100 * row[metric]), xytext=(0.02 if low else 0.98, 0.03 if low else 0.97),
+      textcoords="axes fraction", ha="left" if low else "right", va="bottom" if low else "top",
+      fontsize=8, linespacing=1.4, arrowprops=dict(arrowstyle="-", color=_GREY, linewidth=0.8))
+
+
+def _finish(
+    chart: figure.Figure, path: str | os.PathLike[str], title: str, caption: str) -> None:
+  """Gives every chart the same frame, and writes it."""
+  chart.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+  for axes in chart.axes:
+    axes.grid(color="#E4E4E4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+  chart.suptitle(title, fontsize=13, fontweight="bold")
+  chart.supxlabel(caption, fontsize=8.5, color="#555555")
+  png = io.BytesIO()
+  chart.savefig(png, format="png", dpi=200)
+  files.atomic_write(path, png.getvalue())

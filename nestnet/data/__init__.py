@@ -1,0 +1,20 @@
+"""Data sets and the input pipeline.
+
+Example:
+
+>>> import tempfile
+>>> dataset = load("digits", data_dir=tempfile.mkdtemp())
+>>> batches = Batches(dataset, batch_size=128, seed=0, augment=augmentation("digits"))
+>>> batches[1_000]["image"].shape
+(128, 8, 8, 1)
+"""
+
+from nestnet.data.augment import by_name as augmentation
+from nestnet.data.pipeline import arrays
+from nestnet.data.pipeline import Batches
+from nestnet.data.pipeline import Draws
+from nestnet.data.sources import Dataset
+from nestnet.data.sources import load
+from nestnet.data.sources import Source
+
+__all__ = ["Batches", "Dataset", "Draws", "Source", "arrays", "augmentation", "load"]

@@ -1,0 +1,337 @@
+"""Data sets by name: nestnet's own, those of TensorFlow Datasets, and a user's.
+
+A source is random access, never an iterator: the input pipeline asks for any example at any step,
+so a run resumes exactly with no state to save. TensorFlow itself is never needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import os
+import pathlib
+import re
+from typing import Any
+
+from google.protobuf import json_format
+import numpy as np
+import tensorflow_datasets as tfds
+
+from nestnet import errors
+from nestnet.data import digits
+
+SPLITS = ("train", "validation", "test")
+OWN = {"digits": digits.Digits, "digits_clutter": digits.DigitsClutter}
+
+# Splits of at most this many pixels are decoded once and kept; larger ones are read every time.
+MEMORY_PIXELS = 512 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One split of a data set, by random access.
+
+  Attributes:
+    name: What messages call it, e.g. `digits/train`.
+    examples: Any sequence of mappings with an `image` `[height, width, channels]`, uint8 or
+      floating, and a `label`.
+    classes: Number of classes; labels are 0 to `classes - 1`.
+    shape: `(height, width, channels)` of every image.
+    high: The largest value that a stored uint8 image takes.
+    folder: Where its files lie, if it was prepared by TensorFlow Datasets.
+  """
+
+  name: str
+  examples: Sequence[Mapping[str, Any]]
+  classes: int
+  shape: tuple[int, int, int]
+  high: int = 255
+  folder: pathlib.Path | None = None
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index: int) -> Mapping[str, Any]:
+    return self.examples[range(len(self))[index]]
+
+  def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reads examples as they are stored.
+
+    Args:
+      indices: Which examples, `[batch]`.
+
+    Returns:
+      Images `[batch, height, width, channels]`, uint8 or float32, and labels, int32 `[batch]`.
+
+    Raises:
+      errors.UserError: If an image or label does not have the declared shape, type or range, or the
+        files are damaged.
+    """
+    if len(self) * int(np.prod(self.shape)) <= MEMORY_PIXELS:
+      images, labels = self._memory
+      return images[indices], labels[indices]
+    return self._decode(indices)
+
+  @functools.cached_property
+  def _memory(self) -> tuple[np.ndarray, np.ndarray]:
+    return self._decode(np.arange(len(self)))
+
+  def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    with _whole(self.name, self.folder):
+      examples = [self.examples[int(index)] for index in indices]
+    images = [np.asarray(example["image"]) for example in examples]
+    labels = np.array([int(example["label"]) for example in examples], np.int32)
+    for index, image in zip(indices, images):
+      if image.shape != self.shape:
+        raise errors.UserError(
+            f"{self.name}, example {index}: image of shape {image.shape}, allowed: {self.shape},"
+            " as the first of train; all images need one size")
+    images = np.stack(images)
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+      raise errors.UserError(
+          f"{self.name}: images of type {images.dtype}, allowed: uint8 or floating")
+    outside = (labels < 0) | (labels >= self.classes)
+    if outside.any():
+      raise errors.UserError(
+          f"{self.name}, example {indices[outside][0]}: label {labels[outside][0]},"
+          f" allowed: 0 to {self.classes - 1}")
+    return images if images.dtype == np.uint8 else images.astype(np.float32), labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A classification data set of images.
+
+  Attributes:
+    name: The name it was loaded by.
+    classes: Number of classes.
+    shape: `(height, width, channels)` of every image.
+    splits: The sources `train`, `validation` and `test`.
+  """
+
+  name: str
+  classes: int
+  shape: tuple[int, int, int]
+  splits: Mapping[str, Source]
+
+  def split(self, name: str) -> Source:
+    """Returns the source of a split; raises `errors.UserError` with the allowed names."""
+    if name not in self.splits:
+      raise errors.one_of(f"split of {self.name}", name, self.splits)
+    return self.splits[name]
+
+
+def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+  """Returns a data set by name. Nothing is ever downloaded.
+
+  `digits` and `digits_clutter` prepare themselves on first use. Any other name is one of TensorFlow
+  Datasets (`cifar10`, `imagenet_resized/64x64`, ...), which must stand prepared, as ArrayRecord, in
+  `data_dir`.
+
+  A user's own set is named `package.module:Name`. `Name` is called without arguments (so it is a
+  class or a function) and gives an object with `classes`, `train`, `test` and, if it likes,
+  `validation`; each split is any sequence of `{"image": [height, width, channels], "label": int}`,
+  with images uint8 (0 to 255) or floating (used as they are):
+
+      class Stripes:                               # in my_data.py: data.load("my_data:Stripes")
+        classes = 2
+
+        def __init__(self):
+          rng = np.random.default_rng(0)
+          label = rng.integers(0, 2, 600)
+          image = rng.integers(0, 100, (600, 8, 8, 1)).astype(np.uint8)
+          image[label == 0, ::2] += 100
+          image[label == 1, :, ::2] += 100
+          examples = [{"image": i, "label": l} for i, l in zip(image, label)]
+          self.train, self.test = examples[:500], examples[500:]
+
+  Where a set lacks a split: without `validation`, every tenth example of `train` (9, 19, 29, ...)
+  leaves it and becomes `validation`. A TFDS set without a labelled `test` (ImageNet) is tested on
+  its `validation`, as its users do, and validated on that tenth of `train`.
+
+  Args:
+    name: The data set, as above.
+    data_dir: Where prepared data lives; by default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+
+  Raises:
+    errors.UserError: If the name is unknown, files are damaged, or the set is not one of labelled
+      images of one size.
+    FileNotFoundError: If a TFDS set is not prepared in `data_dir`; the message says how to.
+
+  Example:
+
+  >>> import tempfile
+  >>> dataset = load("digits", data_dir=tempfile.mkdtemp())
+  >>> dataset.classes, dataset.shape, {split: len(x) for split, x in dataset.splits.items()}
+  (10, (8, 8, 1), {'train': 1257, 'validation': 180, 'test': 360})
+  """
+  if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
+    return _own(name)
+  return _prepared(name, os.path.expanduser(data_dir) if data_dir else None)
+
+
+def by_path(path: str, what: str) -> Any:
+  """Returns the object that an import path `package.module:Name` names.
+
+  Args:
+    path: The import path.
+    what: What messages call it, e.g. `data set`.
+
+  Raises:
+    errors.UserError: If there is no such module or no such name in it.
+
+  Example:
+
+  >>> by_path("math:gcd", "function")(12, 18)
+  6
+  """
+  module_name, _, attribute = path.partition(":")
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    # A missing import inside the user's module is the user's to see whole.
+    if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+      raise
+    raise errors.UserError(
+        f"{what} {path!r}: no module {error.name!r}; allowed: package.module:Name, importable from"
+        f" {os.getcwd()} or PYTHONPATH") from error
+  if not hasattr(module, attribute):
+    names = [name for name in vars(module) if not name.startswith("_")]
+    raise errors.one_of(f"{what} in {module_name}", attribute, names)
+  return getattr(module, attribute)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(Sequence):
+  """Some rows of a sequence."""
+
+  examples: Sequence[Any]
+  rows: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, index: int) -> Any:
+    return self.examples[int(self.rows[index])]
+
+
+def _own(name: str) -> Dataset:
+  made = by_path(name, "data set")
+  if not callable(made):
+    raise errors.UserError(
+        f"data set {name!r}: got {type(made).__name__}, allowed: a class or function that is called"
+        " without arguments")
+  made = made()
+  missing = [field for field in ("classes", "train", "test") if not hasattr(made, field)]
+  if missing:
+    raise errors.UserError(
+        f"data set {name!r}: {type(made).__name__} has no {', '.join(missing)}; needed: classes,"
+        " train, test (validation is optional)")
+  splits = {split: getattr(made, split) for split in SPLITS if hasattr(made, split)}
+  return _dataset(name, made.classes, splits)
+
+
+def _prepared(name: str, data_dir: str | None) -> Dataset:
+  """Opens what TensorFlow Datasets wrote."""
+  root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR)
+  with _whole(name, root / name):
+    builder = digits.prepare(OWN[name], data_dir) if name in OWN else _builder(name, data_dir)
+  features = builder.info.features
+  if not {"image", "label"} <= set(features or ()):
+    raise errors.UserError(
+        f"data set {name!r}: features {', '.join(features or ())}; needed: image and label")
+  # A set that was never prepared does not know its splits; opening one then fails.
+  names = tuple(builder.info.splits) or ("train", "test")
+  try:
+    with _whole(name, builder.data_path):
+      splits = {split: builder.as_data_source(split) for split in names}
+      labelled = {
+          split: source for split, source in splits.items()
+          if len(source) and int(source[0]["label"]) >= 0
+      }
+  except (KeyError, NotImplementedError) as error:
+    there = "which is not there"
+    if builder.data_path.exists():
+      there = f"which holds no array_record ({error}): delete it"
+    raise FileNotFoundError(
+        f"data set {name!r}: looked in {builder.data_path}, {there}. {_how_to_prepare(name, root)}"
+    ) from error
+  if "test" not in labelled and "validation" in labelled:
+    labelled["test"] = labelled.pop("validation")
+  high = digits.HIGH if name in OWN else 255
+  return _dataset(name, features["label"].num_classes, labelled, high, builder.data_path)
+
+
+def _how_to_prepare(name: str, root: pathlib.Path) -> str:
+  if name in OWN:
+    return f"Loading {name!r} again prepares it"
+  return (
+      "Prepare it once (downloads it, and may need `pip install tensorflow`):\n"
+      f"  tfds build {name} --file_format=array_record --data_dir={root}")
+
+
+def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+  try:
+    return tfds.builder(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError as error:
+    known = [*OWN, *tfds.list_builders(with_community_datasets=False)]
+    close = difflib.get_close_matches(name.partition("/")[0], known, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+    raise errors.UserError(
+        f"unknown data set {name!r}{hint} Allowed: {', '.join(OWN)}, a name of TensorFlow Datasets"
+        " (https://www.tensorflow.org/datasets/catalog), or package.module:Name of your own"
+    ) from error
+  except ValueError as error:
+    raise errors.UserError(f"data set {name!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _whole(name: str, folder: pathlib.Path | None) -> Iterator[None]:
+  """Turns what readers raise on damaged files (they verify a checksum) into a clear message."""
+  try:
+    yield
+  except NotImplementedError:
+    raise
+  except (RuntimeError, json_format.ParseError) as error:
+    if folder is None:
+      raise
+    again = f"load {name!r} again" if name.partition("/")[0] in OWN else "prepare it again"
+    raise errors.UserError(
+        f"data set {name!r}: damaged files in {folder} ({error}); delete that folder and {again}"
+    ) from error
+
+
+def _dataset(
+    name: str,
+    classes: int,
+    splits: Mapping[str, Sequence[Any]],
+    high: int = 255,
+    folder: pathlib.Path | None = None,
+) -> Dataset:
+  """Checks the splits, carves `validation` from `train` if there is none, and makes the record."""
+  if not isinstance(classes, (int, np.integer)) or classes < 2:
+    raise errors.UserError(
+        f"data set {name!r}: classes is {classes!r}, allowed: an integer of at least 2")
+  splits = dict(splits)
+  for split, needed in ("train", 1 if "validation" in splits else 10), ("test", 1):
+    if len(splits.get(split, ())) < needed:
+      counts = ", ".join(f"{key} ({len(value)})" for key, value in splits.items()) or "none"
+      raise errors.UserError(
+          f"data set {name!r}: labelled splits: got {counts}; needed: {split} ({needed} or more)")
+  if "validation" not in splits:
+    train, rows = splits["train"], np.arange(len(splits["train"]))
+    splits["train"] = _Rows(train, np.delete(rows, np.s_[9::10]))
+    splits["validation"] = _Rows(train, rows[9::10])
+  shape = np.shape(splits["train"][0]["image"])
+  if len(shape) != 3:
+    raise errors.UserError(
+        f"data set {name!r}: image of shape {shape}, allowed: (height, width, channels)")
+  sources = {
+      split: Source(f"{name}/{split}", splits[split], int(classes), shape, high, folder)
+      for split in SPLITS
+  }
+  return Dataset(name, int(classes), shape, sources)

@@ -1,0 +1,35 @@
+"""Errors that are the user's to mend: one message with what, got and allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """A mistake in what the user asked for; command lines print it without a traceback, exit 2."""
+
+
+def one_of(what: str, got: object, allowed: Iterable[object]) -> UserError:
+  """Builds the error for a name that is not among the allowed ones.
+
+  Args:
+    what: what the name stands for, such as `"axis"` or `"config key model"`.
+    got: the unknown name.
+    allowed: the known names, in the order to list them.
+
+  Returns:
+    The error, to be raised by the caller: close matches first, then every allowed name.
+
+  Example:
+    >>> print(one_of("axis", "emebd", ("layers", "embed")))
+    unknown axis 'emebd'; did you mean 'embed'? Allowed: layers, embed
+  """
+  names = [str(name) for name in allowed]
+  close = difflib.get_close_matches(str(got), names, n=2, cutoff=0.6)
+  hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+  return UserError(f"unknown {what} {str(got)!r}{hint} Allowed: {', '.join(names) or 'none'}")
+
+
+class MissingFileError(UserError, FileNotFoundError):
+  """A file or folder that the user named, or that a command needs, is not there."""

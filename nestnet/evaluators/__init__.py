@@ -1,0 +1,1 @@
+"""Metrics of one network: small generators of (name, value)."""

@@ -1,0 +1,42 @@
+"""Accuracy and loss on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+BATCH = 256
+
+
+def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndarray]
+                   ) -> Iterator[tuple[str, float]]:
+  """Yields `accuracy`, a share, and `loss`, the mean cross-entropy in nats.
+
+  Args:
+    module: A network whose outputs have `logits` `[batch, classes]`.
+    variables: Its variables.
+    data: `image` `[examples, ...]` and `label` `[examples]`.
+  """
+  predict = jax.jit(lambda v, x: module.apply(v, x)["logits"])
+  yield from metrics(np.concatenate([predict(variables, x) for x in batches(data["image"])]),
+                     data["label"])
+
+
+def metrics(logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]:
+  """The same from logits, of which those past the last label are padding."""
+  logits = jnp.asarray(logits[:len(labels)], jnp.float32)
+  yield "accuracy", float(np.mean(logits.argmax(-1) == labels))
+  yield "loss", float(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean())
+
+
+def batches(images: np.ndarray) -> Iterator[np.ndarray]:
+  """Equal batches, so that one program serves all; the last is filled up with its first image."""
+  for start in range(0, len(images), BATCH):
+    batch = images[start:start + BATCH]
+    yield np.concatenate([batch, np.repeat(batch[:1], BATCH - len(batch), axis=0)])

@@ -1,0 +1,154 @@
+"""How sub-networks run: a supernet and its slices, each slice one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import meta
+
+from nestnet.axes import abstract_variables, variable_axes
+from nestnet.errors import UserError, one_of
+from nestnet.objectives.base import Objective, Targets
+from nestnet.slicing import take
+from nestnet.space import Space
+from nestnet.subnet import Subnet
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Supernet:
+  """A module, the family of its sub-networks, and the shapes of its input.
+
+  Attributes:
+    model: The largest network, an ordinary linen module.
+    space: The family; its largest member is the model.
+    inputs: Example arguments of the model, as `jax.ShapeDtypeStruct`s.
+  """
+
+  model: nn.Module
+  space: Space
+  inputs: tuple[jax.ShapeDtypeStruct, ...]
+
+  def __post_init__(self):
+    """Raises `ValueError` where the model and the space do not go together."""
+    fields = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model)
+              if f.name not in ("parent", "name")}
+    name = type(self.model).__name__
+    for axis, size in self.space.largest.items():
+      if axis not in fields:
+        raise one_of(f"axis of {name}", axis, fields)
+      if fields[axis] != size:
+        raise UserError(f"the largest of the space has {axis}={size}, the model has {fields[axis]}; "
+                        "they must be equal")
+    for member in {self.space.smallest, self.space.largest, *self.space.pool}:
+      self.check(member)
+
+  @functools.cached_property
+  def axes(self) -> dict[str, Any]:
+    """Axis names of every collection."""
+    return variable_axes(self.model, *self.inputs)
+
+  @functools.cached_property
+  def shapes(self) -> dict[str, Any]:
+    """Abstract variables of the largest network."""
+    return {"params": {}} | meta.unbox(abstract_variables(self.model, *self.inputs))
+
+  def check(self, subnet: Subnet) -> None:
+    """Raises `ValueError` unless the slice of `subnet` is what its own module would make."""
+    own = meta.unbox(abstract_variables(self.module(subnet), *self.inputs))
+    cut = jax.eval_shape(lambda v: self.cut(v, subnet), self.shapes)
+    for collection in own:
+      if jax.tree.structure(own[collection]) != jax.tree.structure(cut[collection]):
+        raise UserError(f"sub-network {subnet}: the module and the slice have other {collection}: "
+                        f"{jax.tree.structure(own[collection])} and "
+                        f"{jax.tree.structure(cut[collection])}")
+      for (path, a), b in zip(jax.tree.leaves_with_path(own[collection]),
+                              jax.tree.leaves(cut[collection])):
+        if a.shape != b.shape:
+          raise UserError(f"sub-network {subnet}: {jax.tree_util.keystr(path)} of the module is "
+                          f"{list(a.shape)}, the slice is {list(b.shape)}")
+
+  def init(self, rng: jax.Array) -> dict[str, Any]:
+    """Fresh variables of the largest network; trace it under `jax.jit`."""
+    inputs = [jax.numpy.zeros(x.shape, x.dtype) for x in self.inputs]
+    return {"params": {}} | meta.unbox(self.model.init(rng, *inputs))
+
+  def module(self, subnet: Subnet) -> nn.Module:
+    """The ordinary module of a sub-network."""
+    return self.model.clone(**subnet)
+
+  def cut(self, variables: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
+    """A sub-network's variables, every collection of them."""
+    return {name: take(tree, self.axes[name], subnet, self.space.groups, strict=False)
+            for name, tree in variables.items()}
+
+
+def extract(model: nn.Module, variables: dict[str, Any], subnet: Subnet, *inputs: Any,
+            groups: dict[str, int] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+  """A sub-network as an ordinary module with its own variables.
+
+  Args:
+    model: The supernet.
+    variables: Its variables, `{"params": ..., ...}`.
+    subnet: Which member.
+    *inputs: Example arguments of the model; shapes are enough.
+    groups: As in `Space.groups`.
+
+  Example:
+    >>> from nestnet.models.vit import ViT
+    >>> model = ViT(layers=2, embed=8, heads=2, mlp=16, classes=3)
+    >>> images = jax.numpy.zeros((1, 8, 8, 1))
+    >>> variables = model.init(jax.random.key(0), images)
+    >>> module, small = extract(model, variables, Subnet(layers=1, mlp=4), images)
+    >>> module.apply(small, images)["logits"].shape
+    (1, 3)
+  """
+  names = variable_axes(model, *inputs)
+  small = {name: take(tree, names[name], subnet, groups, strict=name == "params")
+           for name, tree in variables.items()}
+  return model.clone(**subnet), small
+
+
+def member(supernet: Supernet, objective: Objective, objective_axes: Any, trained: dict[str, Any],
+           fixed: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
+  """The variables of a sub-network as it is evaluated and extracted.
+
+  Args:
+    supernet: The family.
+    objective: What it was trained with; it may hold a part of the network.
+    objective_axes: Axis names of the objective's own parameters.
+    trained: `{"model": params, "objective": params}`.
+    fixed: Collections beside `params`.
+    subnet: Which member.
+  """
+  variables = supernet.cut({"params": trained["model"], **fixed}, subnet)
+  own = take(trained["objective"], objective_axes, subnet, supernet.space.groups, strict=False)
+  return objective.attach(variables, own, subnet)
+
+
+def forward(supernet: Supernet, objective: Objective, variables: dict[str, Any], subnet: Subnet,
+            batch: dict[str, Any], rng: jax.Array | None = None) -> Any:
+  """The outputs of one sub-network on a batch; with `rng`, dropout and drop path are on."""
+  module = supernet.module(subnet)
+  rngs = None if rng is None else {"dropout": rng}
+
+  def apply(inputs, **options):
+    return module.apply(variables, inputs, train=rng is not None, rngs=rngs, **options)
+
+  return objective.forward(apply, batch)
+
+
+def term_loss(supernet: Supernet, objective: Objective, objective_axes: Any, subnet: Subnet,
+              regularised: bool, trained: dict[str, Any], fixed: dict[str, Any], state: Any,
+              targets: Targets, step: jax.Array, rng: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
+  """The loss of one sub-network on its slice: `(loss, (outputs, metrics))`."""
+  variables = supernet.cut({"params": trained["model"], **fixed}, subnet)
+  own = take(trained["objective"], objective_axes, subnet, supernet.space.groups, strict=False)
+  dropout, noise = jax.random.split(rng)
+  outputs = forward(supernet, objective, variables, subnet, targets.batch,
+                    dropout if regularised else None)
+  loss, metrics = objective.loss(own, state, outputs, targets, step, noise)
+  return loss, (outputs, metrics)

@@ -1,0 +1,126 @@
+"""From a trained family to the one network that fits a budget, verified."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nestnet import cost, report, runs
+from nestnet.data import arrays
+from nestnet.errors import UserError
+from nestnet.evaluators.classification import batches
+from nestnet.interop.folder import load, save
+from nestnet.runs import Run
+from nestnet.slicing import take
+from nestnet.steps import TrainState
+from nestnet.subnet import Subnet
+
+VERIFIED = 256
+TOLERANCE = 1e-5
+
+
+def choose(rows: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> Mapping[str, Any]:
+  """The row of best validation accuracy among those within every budget; the smaller of equals.
+
+  Args:
+    rows: Evaluated sub-networks, as in `subnets.json`.
+    budgets: Limits by column, such as `{"params": 100_000}`.
+
+  Raises:
+    ValueError: Nothing fits; the message says what the cheapest costs.
+
+  Example:
+    >>> rows = [{"params": 10, "validation_accuracy": 0.8}, {"params": 20, "validation_accuracy": 0.9}]
+    >>> choose(rows, {"params": 15})["params"]
+    10
+  """
+  fitting = [r for r in rows if all(r[name] <= limit for name, limit in budgets.items())]
+  if not fitting:
+    wanted = ", ".join(f"{name} of at most {limit:g}" for name, limit in budgets.items())
+    cheapest = ", ".join(f"{name} {min(r[name] for r in rows):g}" for name in budgets)
+    raise UserError(f"no evaluated sub-network has {wanted}; the cheapest: {cheapest}")
+  return max(fitting, key=lambda r: (r["validation_accuracy"], -r["params"]))
+
+
+def latencies(run: Run, state: TrainState, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """The rows with `latency_ms`, the median time of one image on the present device."""
+  image = jnp.zeros((1, *run.dataset.shape), jnp.float32)
+  timed = []
+  for row in rows:
+    subnet = run.supernet.space.subnet(row["subnet"])
+    apply = run.supernet.module(subnet).apply
+    variables = run.step.member(state, subnet)
+    timed.append({**row, "latency_ms": cost.latency(apply, variables, image).median})
+  return timed
+
+
+def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], subnet: str | None = None,
+                max_params: float | None = None, max_flops: float | None = None,
+                max_latency_ms: float | None = None) -> tuple[dict[str, Any], float]:
+  """Writes one network of a run to a folder, and verifies it there.
+
+  Args:
+    workdir: A run with a checkpoint.
+    out: The folder to write; an extracted network that stands there is replaced.
+    subnet: Which one, as text; axes left out are as large as they may be.
+    max_params: Largest number of parameters; without `subnet`, the most accurate evaluated one
+      (validation split) within all given budgets is taken.
+    max_flops: Largest number of FLOPs for an image.
+    max_latency_ms: Longest median time of an image on the present device, in milliseconds.
+
+  Returns:
+    Its row, and the largest difference of logits between the folder's network and the slice in
+    place, on validation images.
+
+  Raises:
+    ValueError: Nothing fits the budgets, or the sub-network is outside the space.
+  """
+  budgets = {"params": max_params, "flops": max_flops, "latency_ms": max_latency_ms}
+  budgets = {name: limit for name, limit in budgets.items() if limit is not None}
+  if bool(subnet) == bool(budgets):
+    raise UserError("give either a sub-network or budgets: --subnet, or any of --max_params, "
+                    "--max_flops, --max_latency_ms")
+  run, step, state = runs.opened(workdir)
+  if subnet:
+    row = runs.evaluate(run, state, [run.supernet.space.subnet(subnet)])[0]
+  else:
+    rows = report.read_rows(pathlib.Path(workdir) / "subnets.json")
+    if "latency_ms" in budgets:
+      rows = latencies(run, state, rows)
+    row = dict(choose(rows, budgets))
+  member = run.supernet.space.subnet(row["subnet"])
+  module, variables = run.supernet.module(member), run.step.member(state, member)
+  provenance = {
+    "subnet": str(member), "sizes": dict(member), "parent": {"run": str(workdir), "step": step},
+    "space": run.supernet.space.to_json(), "recipe": run.config["recipe"],
+    "trained": [str(m) for m in run.supernet.space.pool] or "the whole space",
+    "data": run.config["data"], "costs_and_metrics": row}
+  own = take(state.trained["objective"], run.step.axes["objective"], member,
+             run.supernet.space.groups, strict=False)
+  save(out, module, jax.device_get(variables), provenance,
+       beside={"objective": jax.device_get(own)} if jax.tree.leaves(own) else None)
+  return row, verify(run, state, member, out)
+
+
+def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLike[str]) -> float:
+  """The largest difference of logits: the network in `folder` against the slice in place.
+
+  Raises:
+    RuntimeError: They differ by more than 1e-5 of the largest logit.
+  """
+  images = next(batches(arrays(run.dataset, "validation")["image"][:VERIFIED]))
+  module, variables = load(folder, type(run.supernet.model))
+  alone = jax.jit(lambda v, x: module.apply(v, x)["logits"])(variables, images)
+  within = jax.jit(lambda s, x: run.supernet.module(subnet).apply(
+    run.step.member(s, subnet), x)["logits"])(state, images)
+  alone, within = np.asarray(alone, np.float32), np.asarray(within, np.float32)
+  difference = float(np.abs(alone - within).max())
+  if difference > TOLERANCE * max(1.0, float(np.abs(within).max())):
+    raise RuntimeError(f"the extracted network differs from the slice in place by {difference}")
+  return difference

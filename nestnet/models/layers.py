@@ -1,0 +1,56 @@
+"""Small linen layers with named axes, shared by the architectures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from nestnet.axes import Axes, axes
+
+
+class Linear(nn.Module):
+  """A projection written as one 2-D matmul, whatever axes it reads and produces.
+
+  Attributes:
+    names: The kernel's axes, such as `"embed -> 3 heads head_dim"`; as many trailing dimensions of
+      the input are contracted as stand before the arrow.
+    outputs: Sizes of the produced axes.
+    dtype: Of the computation.
+    param_dtype: Of the stored parameters.
+    use_bias: Whether to add a bias over the produced axes.
+  """
+
+  names: str
+  outputs: tuple[int, ...]
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    """Maps `[..., *inputs]` to `[..., *outputs]`."""
+    named = Axes.parse(self.names)
+    n = len(named.contracted)
+    inputs = x.shape[-n:]
+    init = nn.initializers.variance_scaling(
+      1.0, "fan_in", "truncated_normal", in_axis=range(n), out_axis=range(n, n + len(self.outputs)))
+    kernel = self.param("kernel", axes(init, self.names), inputs + self.outputs, self.param_dtype)
+    fan_in, fan_out = math.prod(inputs), math.prod(self.outputs)
+    y = x.reshape(-1, fan_in).astype(self.dtype) @ kernel.reshape(fan_in, fan_out).astype(self.dtype)
+    if self.use_bias:
+      produced = "-> " + " ".join(named.names[n:])
+      bias = self.param("bias", axes(nn.initializers.zeros, produced), self.outputs, self.param_dtype)
+      y += bias.reshape(1, fan_out).astype(self.dtype)
+    return y.reshape(x.shape[:-n] + self.outputs)
+
+
+def layer_norm(name: str, axis: str = "embed", dtype: Any = jnp.float32,
+               param_dtype: Any = jnp.float32) -> nn.LayerNorm:
+  """LayerNorm over the last dimension, which is called `axis`; statistics in float32."""
+  return nn.LayerNorm(
+    epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, name=name,
+    scale_init=axes(nn.initializers.ones, f"-> {axis}"),
+    bias_init=axes(nn.initializers.zeros, f"-> {axis}"))

@@ -1,0 +1,74 @@
+"""The record that the training loop asks of an objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Targets(NamedTuple):
+  """What one term of a step learns from.
+
+  Attributes:
+    batch: The batch, a dict of arrays `[batch, ...]`.
+    teacher: The teacher's outputs, gradients stopped, as `Objective.teach` left them; None for a
+      term that is not taught.
+  """
+
+  batch: dict[str, Any]
+  teacher: Any = None
+
+
+def _no_params(rng, model, space):
+  return {}, {}, {}
+
+
+def _forward_image(apply, batch):
+  return apply(batch["image"])
+
+
+def _keep_outputs(params, state, outputs, batch, step):
+  return outputs
+
+
+def _keep_state(state, params, outputs, step):
+  return state
+
+
+def _keep_variables(variables, params, subnet):
+  return variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """Pure functions that say what is minimised.
+
+  Attributes:
+    loss: `(params, state, outputs, targets, step, rng) -> (loss, metrics)`: the loss of one
+      sub-network, a mean over the batch, and a dict of scalars. `params` are the objective's own,
+      cut to the sub-network; `outputs` is what `forward` returned; `targets` is a `Targets`.
+    init: `(rng, model, space) -> (params, axes, state)`: the objective's own trained parameters
+      and their axis names, and its untrained state. They are optimised, sliced, sharded and saved
+      beside the model's.
+    forward: `(apply, batch) -> outputs`: runs the network on what it needs of the batch.
+    teach: `(params, state, outputs, batch, step) -> targets`: what students see of the teacher's
+      outputs; `params` are the teacher's own. Runs once a step.
+    update: `(state, params, outputs, step) -> state` once a step, after the optimizer; `params` is
+      `{"model": ..., "objective": ...}`, `outputs` those of the teacher, or of the first term where
+      there is none.
+    attach: `(variables, params, subnet) -> variables`: puts what the objective holds (a head) into
+      a sub-network's variables, for evaluation and extraction.
+  """
+
+  loss: Callable[..., tuple[Any, dict[str, Any]]]
+  init: Callable[..., tuple[Any, Any, Any]] = _no_params
+  forward: Callable[..., Any] = _forward_image
+  teach: Callable[..., Any] = _keep_outputs
+  update: Callable[..., Any] = _keep_state
+  attach: Callable[..., Any] = _keep_variables
+
+  @property
+  def reads_outputs(self) -> bool:
+    """Whether `update` looks at anything."""
+    return self.update is not _keep_state

@@ -1,0 +1,75 @@
+"""Labels, and distillation from a teacher in logits or features."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nestnet.errors import UserError, one_of
+from nestnet.objectives.base import Objective, Targets
+
+
+def classification(label_smoothing: float = 0.0, student_labels: float = 0.0,
+                   distillation: float = 1.0, temperature: float = 1.0, space: str = "logits",
+                   delay: int = 0, ramp: int = 0) -> Objective:
+  """Cross-entropy with the labels; for taught sub-networks, with a teacher.
+
+  A taught sub-network minimises, with `r` going from 0 to 1 over `ramp` steps after step `delay`,
+
+      (1 - r) * CE(labels) + r * (student_labels * CE(labels) + distillation * KD)
+
+  so before the delay it learns from the labels. The defaults are in-place distillation of BigNAS
+  (2003.11142, section 3.1) and US-Nets (1903.05134, section 3.3): the teacher's outputs alone.
+
+  Args:
+    label_smoothing: Share of the label's probability that is spread over all classes.
+    student_labels: Weight of the labels for taught sub-networks.
+    distillation: Weight of the distillation term KD.
+    temperature: T, of both softmaxes in logit space; KD is multiplied by T^2 (Hinton et al.,
+      1503.02531).
+    space: `"logits"`: KD is the cross-entropy with the teacher's softmax. `"features"`: KD is the
+      mean squared distance between unit-length features, the teacher's cut to the student's width.
+    delay: Step at which distillation begins.
+    ramp: Number of steps over which it grows to full weight.
+  """
+  if space not in ("logits", "features"):
+    raise one_of("space of distillation", space, ("logits", "features"))
+  if temperature <= 0 or not 0 <= label_smoothing < 1 or min(delay, ramp) < 0:
+    raise UserError(f"classification: temperature={temperature}, label_smoothing={label_smoothing}, "
+                    f"delay={delay}, ramp={ramp}; allowed: temperature above 0, smoothing in [0, 1), "
+                    "delay and ramp of at least 0")
+
+  def loss(params, state, outputs, targets: Targets, step, rng):
+    logits, labels = outputs["logits"].astype(jnp.float32), targets.batch["label"]
+    ce = label_cross_entropy(logits, labels, label_smoothing)
+    metrics = {"accuracy": jnp.mean(logits.argmax(-1) == labels)}
+    if targets.teacher is None:
+      return ce, metrics
+    if space == "logits":
+      kd = soft_cross_entropy(logits, targets.teacher["logits"], temperature)
+    else:
+      kd = feature_distance(outputs["features"], targets.teacher["features"])
+    r = jnp.clip((step - delay + 1) / (ramp + 1), 0.0, 1.0)
+    return (1 - r) * ce + r * (student_labels * ce + distillation * kd), metrics | {"distillation": kd}
+
+  return Objective(loss=loss)
+
+
+def label_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+  """Mean cross-entropy of logits `[batch, classes]` with labels `[batch]`, smoothed."""
+  one_hot = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+  return optax.softmax_cross_entropy(logits, one_hot).mean()
+
+
+def soft_cross_entropy(logits: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:
+  """Mean cross-entropy with the teacher's softmax at a temperature T, times T^2."""
+  targets = jax.nn.softmax(teacher.astype(jnp.float32) / temperature)
+  return temperature ** 2 * optax.softmax_cross_entropy(logits / temperature, targets).mean()
+
+
+def feature_distance(features: jax.Array, teacher: jax.Array) -> jax.Array:
+  """Mean squared distance of unit vectors `[batch, features]`; the teacher's leading features count."""
+  student, teacher = (f / (jnp.linalg.norm(f, axis=-1, keepdims=True) + 1e-6)
+                      for f in (features, teacher[:, :features.shape[-1]]))
+  return jnp.mean(jnp.sum((student - teacher) ** 2, axis=-1))

@@ -1,0 +1,160 @@
+"""Which sub-networks train at a step: pure functions of (seed, step).
+
+A sampler takes a space and its own options and returns `step -> terms`. Each term is one
+sub-network's share of the step's loss; the loop sums them. All processes and restarts agree,
+because nothing but the seed and the step decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from nestnet.errors import UserError, one_of
+from nestnet.space import Space
+from nestnet.subnet import Subnet
+
+FIXED_LIMIT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """One sub-network's share of a step.
+
+  Attributes:
+    candidates: The sub-network that trains; with several, the recipe's `select` decides by their
+      losses on the batch of this very step.
+    weight: Factor of its loss.
+    taught: Whether it learns from the teacher's outputs; otherwise from the labels.
+    regularised: Whether dropout and drop path are on.
+  """
+
+  candidates: tuple[Subnet, ...]
+  weight: float = 1.0
+  taught: bool = False
+  regularised: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """`terms(step)`, and whether they are the same at every step (then one program runs them all)."""
+
+  terms: Callable[[int], tuple[Term, ...]]
+  fixed: bool = False
+
+
+def sampler(name: str, space: Space, seed: int = 0, **options) -> Sampler:
+  """The sampler called `name`, with its options.
+
+  Raises:
+    ValueError: An unknown name or option, with the known ones.
+  """
+  known = {f.__name__: f for f in (largest, sandwich, sorted_nested, joint, sampled)}
+  if name not in known:
+    raise one_of("sampler", name, known)
+  accepted = known[name].__kwdefaults__ or {}
+  for option in options:
+    if option not in accepted:
+      raise one_of(f"option of the sampler {name}", option, accepted)
+  return known[name](space, seed, **options)
+
+
+def largest(space: Space, seed: int) -> Sampler:
+  """The whole network only: ordinary training, without nesting."""
+  terms = (Term((space.largest,)),)
+  return Sampler(lambda step: terms, fixed=True)
+
+
+def sandwich(space: Space, seed: int, *, random: int = 2, candidates: int = 1, reduce: str = "sum",
+             by: str = "choices", regularise: str = "largest") -> Sampler:
+  """Largest, `random` random ones and the smallest (US-Nets, 1903.05134, section 3.2; BigNAS,
+  2003.11142, section 3.1).
+
+  The largest learns from the labels and comes first; the others are taught by its outputs.
+
+  Args:
+    space: The family.
+    seed: Decides the random members together with the step.
+    random: How many random members.
+    candidates: Draws for each of them, of which the recipe's `select` trains one.
+    reduce: `"sum"` or `"mean"` over the sub-networks.
+    by: How to draw, as in `Space.sample`.
+    regularise: Dropout and drop path on the `"largest"` only (BigNAS), or on `"all"`.
+  """
+  _check("regularise", regularise, ("largest", "all"))
+  regularised = regularise == "all"
+
+  def terms(step):
+    drawn = (tuple(space.sample((seed, step, i, j), by=by) for j in range(candidates))
+             for i in range(random))
+    small = (*drawn, (space.smallest,))
+    return _weighted(reduce, (Term((space.largest,)), *(
+      Term(c, taught=True, regularised=regularised) for c in small)))
+
+  return Sampler(terms, fixed=random == 0)
+
+
+def sorted_nested(space: Space, seed: int, *, n: int = 4, reduce: str = "sum",
+                  by: str = "choices") -> Sampler:
+  """`n` random nested members whose gradients accumulate, labels only (SortedNet, 2309.00255)."""
+  return Sampler(lambda step: _weighted(reduce, tuple(
+    Term((space.sample((seed, step, i), by=by),)) for i in range(n))))
+
+
+def joint(space: Space, seed: int, *, members: Sequence[str] = (), reduce: str = "sum") -> Sampler:
+  """Every granularity at every step (MatFormer as first published, 2310.07707v1).
+
+  Args:
+    space: The family.
+    seed: Not used; nothing is random.
+    members: The granularities; by default the pool, or the whole space if it is small.
+    reduce: `"sum"` (as published) or `"mean"` over the granularities.
+  """
+  terms = _weighted(reduce, tuple(Term((m,)) for m in _granularities(space, members)))
+  return Sampler(lambda step: terms, fixed=True)
+
+
+def sampled(space: Space, seed: int, *, members: Sequence[str] = (),
+            probabilities: Sequence[float] = ()) -> Sampler:
+  """One granularity a step, drawn with given probabilities (MatFormer, 2310.07707v2, section 3.2).
+
+  Args:
+    space: The family.
+    seed: Decides the draw together with the step.
+    members: The granularities, as in `joint`.
+    probabilities: One for each; uniform by default.
+  """
+  granularities = _granularities(space, members)
+  p = np.array(probabilities or [1.0] * len(granularities), float)
+  if len(p) != len(granularities) or (p < 0).any() or p.sum() == 0:
+    raise UserError(f"probabilities {list(probabilities)}: one number of at least 0 for each of the "
+                    f"{len(granularities)} granularities is allowed")
+  p /= p.sum()
+
+  def terms(step):
+    index = np.random.default_rng((seed, step)).choice(len(p), p=p)
+    return (Term((granularities[index],)),)
+
+  return Sampler(terms)
+
+
+def _granularities(space: Space, members: Sequence[str]) -> tuple[Subnet, ...]:
+  if members:
+    return tuple(space.subnet(m) for m in members)
+  if not space.pool and space.size > FIXED_LIMIT:
+    raise UserError(f"the space has {space.size} members, too many to train each; name the "
+                    f"granularities in space.pool or sampler.members (at most {FIXED_LIMIT})")
+  return space.pool or tuple(space)
+
+
+def _weighted(reduce: str, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+  _check("reduce", reduce, ("sum", "mean"))
+  weight = 1.0 if reduce == "sum" else 1.0 / len(terms)
+  return tuple(dataclasses.replace(t, weight=weight) for t in terms)
+
+
+def _check(option: str, value: str, allowed: tuple[str, ...]):
+  if value not in allowed:
+    raise one_of(option, value, allowed)

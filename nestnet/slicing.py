@@ -1,0 +1,262 @@
+"""From the supernet's parameters to a sub-network's: `take`, and its dual.
+
+A sub-network is an ordinary, smaller module run on a slice of the supernet's tree:
+
+    model.clone(**small).apply({"params": take(params, axes, small)}, images)
+
+The derivative of a slice is the zero-padded scatter, so gradients, optimizers, checkpoints and
+sharding need nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from nestnet.axes import Axes, flat, is_axes
+from nestnet.errors import UserError, one_of
+from nestnet.subnet import Size, Subnet, depth_of, is_depth
+
+Groups = Mapping[str, int]
+
+
+def take(tree: Any, axes: Any, subnet: Subnet | Mapping[str, Size], groups: Groups | None = None,
+         strict: bool = True) -> Any:
+  """The slice of `tree` that belongs to `subnet`.
+
+  Works on parameters, element-wise optimizer state, averages and statistics; on jax and numpy
+  arrays and on `jax.ShapeDtypeStruct`s; on linen dicts, NNX states and plain dicts.
+
+  Args:
+    tree: The supernet's tree.
+    axes: The tree of axis names, as from `axis_names`: `Axes`, or their text (`"embed -> mlp"`).
+    subnet: What to keep. Axes that it does not mention stay whole.
+    groups: Number of equal groups of an axis, as in `Space.groups`: the subnet keeps the leading
+      part of each.
+    strict: Whether an axis of the subnet that no leaf has is an error. Trees beside the parameters
+      (constants, an objective's own weights) may lack some.
+
+  Returns:
+    The smaller tree. A stack of layers (`layers: ...` leaves below one key) stays stacked, unless
+    the subnet has its own sizes in each layer: then the key holds `layers_0`, `layers_1`, ...
+
+  Raises:
+    ValueError: An axis of the subnet is in no leaf, a size is larger than the dimension or does
+      not divide into the groups, a layer id does not exist, or the trees differ.
+
+  Example:
+    >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+    >>> axes = {"up": "embed -> mlp", "down": "mlp -> embed"}
+    >>> jax.tree.map(jnp.shape, take(params, axes, Subnet(mlp=2)))
+    {'down': (2, 4), 'up': (4, 2)}
+  """
+  if not isinstance(subnet, Subnet):
+    subnet = Subnet(**subnet)
+  known = axes_in(axes)
+  for axis in subnet:
+    if strict and axis not in known:
+      raise one_of("axis", axis, sorted(known))
+  return _take(meta.unbox(tree), axes, subnet, dict(groups or {}), ())
+
+
+def axes_in(axes: Any) -> set[str]:
+  """Every axis that a tree of names can be cut along."""
+  names = {n for leaf in jax.tree.leaves(axes, is_leaf=is_axes) for n in flat(Axes.of(leaf).names)}
+  return {n for n in names | _unrolled_axes(axes) if not n.isdigit()}
+
+
+def scatter(small: Any, axes: Any, subnet: Subnet, like: Any, groups: Groups | None = None) -> Any:
+  """The dual of `take`: `small` laid into zeros of the supernet's shapes.
+
+  Args:
+    small: A tree as `take` returns it.
+    axes: The supernet's axis names.
+    subnet: The subnet whose slice `small` is.
+    like: A tree of the supernet's shapes and dtypes; abstract is enough.
+    groups: As in `take`.
+
+  Example:
+    >>> small = {"bias": jnp.ones(2)}
+    >>> scatter(small, {"bias": "-> mlp"}, Subnet(mlp=2), {"bias": jnp.zeros(4)})["bias"].tolist()
+    [1.0, 1.0, 0.0, 0.0]
+  """
+  plain = jax.tree.map(lambda a: Axes(Axes.of(a).names), axes, is_leaf=is_axes)
+  return jax.linear_transpose(lambda full: take(full, plain, subnet, groups), like)(small)[0]
+
+
+def _take(tree, axes, subnet, groups, path):
+  if is_axes(axes):
+    return _cut_leaf(tree, Axes.of(axes), subnet, groups, path)
+  if not isinstance(axes, Mapping) or not isinstance(tree, Mapping):
+    return _one_level(lambda t, a, k: _take(t, a, subnet, groups, path + (k,)), tree, axes, path)
+  depth = _stacked_over(axes)
+  if depth and subnet.per_layer(depth):
+    return _unstack(tree, axes, depth, subnet, groups, path)
+  depth = _unrolled_over(axes)
+  if depth:
+    return _select_layers(tree, axes, depth, subnet, groups, path)
+  return _one_level(lambda t, a, k: _take(t, a, subnet, groups, path + (k,)), tree, axes, path)
+
+
+def _one_level(fn, tree, axes, path):
+  """Maps `fn(child, axes of the child, key)` over the children of one node."""
+  children, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda t: t is not tree)
+  named, _ = jax.tree_util.tree_flatten_with_path(
+    axes, is_leaf=lambda a: a is not axes or is_axes(a))
+  keys, names = ([_key(p) for p, _ in nodes] for nodes in (children, named))
+  if isinstance(axes, Mapping):
+    named = {_key(p): a for p, a in named}
+    if set(keys) != set(named):
+      raise UserError(f"the axes tree does not match the tree at {'/'.join(path) or 'its root'}: "
+                      f"got {sorted(named)}, the tree has {sorted(keys)}")
+    pairs = [(child, named[key], key) for key, (_, child) in zip(keys, children)]
+  elif len(keys) == len(names):
+    pairs = [(child, a, key) for key, (_, child), (_, a) in zip(keys, children, named)]
+  else:
+    raise UserError(f"the axes tree does not match the tree at {'/'.join(path) or 'its root'}: "
+                    f"{len(names)} entries for {len(keys)}")
+  return jax.tree.unflatten(structure, [fn(*pair) for pair in pairs])
+
+
+def _key(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _cut_leaf(leaf, names, subnet, groups, path):
+  if not hasattr(leaf, "shape") and jax.tree.structure(leaf) != jax.tree.structure(0):
+    return jax.tree.map(lambda array: _cut_leaf(array, names, subnet, groups, path), leaf)
+  cut = lambda array: _cut(array, names, subnet, groups, path)
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.eval_shape(lambda array: _ruled(cut(array), names, subnet), leaf)
+  return _ruled(cut(leaf), names, subnet)
+
+
+def _ruled(leaf, names, subnet):
+  return names.rule(leaf, subnet) if names.rule else leaf
+
+
+def _cut(array, names: Axes, subnet, groups, path):
+  where = "/".join(path)
+  if len(names.names) != np.ndim(array):
+    raise UserError(f"{where}: {str(names)!r} has {len(names.names)} names, the array has shape "
+                    f"{list(np.shape(array))}")
+  for dimension, name in enumerate(names.names):
+    if isinstance(name, str):
+      if name in subnet.chosen:
+        array = _keep(array, dimension, name, subnet.chosen[name], groups.get(name, 1), where)
+    elif any(factor in subnet.chosen for factor, _ in name):
+      array = _keep_product(array, dimension, name, subnet, groups, where)
+  return array
+
+
+def _keep_product(array, dimension, factors, subnet, groups, where):
+  shape = np.shape(array)
+  known = math.prod(size for _, size in factors if size)
+  sizes = tuple(size or shape[dimension] // known for _, size in factors)
+  if math.prod(sizes) != shape[dimension]:
+    raise UserError(f"{where}: a dimension of {shape[dimension]} is not the product {factors}")
+  array = array.reshape(shape[:dimension] + sizes + shape[dimension + 1:])
+  for offset, (factor, _) in enumerate(factors):
+    if factor in subnet.chosen:
+      array = _keep(array, dimension + offset, factor, subnet.chosen[factor],
+                    groups.get(factor, 1), where)
+  return array.reshape(shape[:dimension] + (-1,) + shape[dimension + 1:])
+
+
+def _keep(array, dimension, axis, size, groups, where):
+  """The chosen entries of one dimension: leading ones, leading ones of each group, or ids."""
+  full = array.shape[dimension]
+  largest = size if isinstance(size, int) else max(size) + 1 if is_depth(axis) else max(size)
+  if largest > full:
+    raise UserError(f"{where}: {axis}={size} is outside the axis, which has {full}")
+  if isinstance(size, tuple):
+    if not is_depth(axis):
+      raise UserError(f"{where}: {axis}={size} has one size a layer, but this array has no "
+                      f"{depth_of(axis)} axis")
+    pieces = [_slice(array, dimension, i, i + 1) for i in size]
+    return (jnp if isinstance(array, jax.Array) else np).concatenate(pieces, axis=dimension)
+  if size == full:
+    return array
+  if groups == 1:
+    return _slice(array, dimension, 0, size)
+  if full % groups or size % groups:
+    raise UserError(f"{where}: {axis}={size} of {full} does not divide into {groups} groups")
+  shape = array.shape
+  array = array.reshape(shape[:dimension] + (groups, full // groups) + shape[dimension + 1:])
+  array = _slice(array, dimension + 1, 0, size // groups)
+  return array.reshape(shape[:dimension] + (size,) + shape[dimension + 1:])
+
+
+def _slice(array, dimension, start, stop):
+  if isinstance(array, jax.Array):
+    return jax.lax.slice_in_dim(array, start, stop, axis=dimension)
+  return array[(slice(None),) * dimension + (slice(start, stop),)]
+
+
+def _stacked_over(axes: Mapping) -> str | None:
+  """The depth axis over which every leaf below this node is stacked."""
+  names = [Axes.of(leaf).names for leaf in jax.tree.leaves(axes, is_leaf=is_axes)]
+  first = names[0][0] if names and names[0] else None
+  together = isinstance(first, str) and is_depth(first)
+  return first if together and all(n and n[0] == first for n in names) else None
+
+
+def _unrolled_over(axes: Mapping) -> str | None:
+  """The depth axis whose layers are this node's children: `layers_0`, `layers_1`, ..."""
+  if not axes:
+    return None
+  depth = str(next(iter(axes))).rpartition("_")[0]
+  return depth if is_depth(depth) and set(axes) == {f"{depth}_{i}" for i in range(len(axes))} else None
+
+
+def _unrolled_axes(axes: Any) -> set[str]:
+  if is_axes(axes) or not isinstance(axes, Mapping):
+    return set()
+  here = _unrolled_over(axes)
+  return {here} - {None} | {d for child in axes.values() for d in _unrolled_axes(child)}
+
+
+def _unstack(tree, axes, depth, subnet, groups, path):
+  full = jax.tree.leaves(tree)[0].shape[0]
+  ids = _ids(subnet.chosen.get(depth, full), full, depth, "/".join(path))
+  _check_lists(subnet, depth, len(ids))
+  flat_axes = jax.tree.map(lambda a: Axes.of(a).without(depth), axes, is_leaf=is_axes)
+  return {
+    f"{depth}_{position}": _take(_entry(tree, i), flat_axes, subnet.layer(depth, position), groups,
+                                 path + (f"{depth}_{position}",))
+    for position, i in enumerate(ids)}
+
+
+def _entry(tree, i):
+  if isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct):
+    return jax.eval_shape(lambda t: jax.tree.map(lambda leaf: leaf[i], t), tree)
+  return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def _select_layers(tree, axes, depth, subnet, groups, path):
+  ids = _ids(subnet.chosen.get(depth, len(axes)), len(axes), depth, "/".join(path))
+  _check_lists(subnet, depth, len(ids))
+  return {
+    f"{depth}_{position}": _take(tree[f"{depth}_{i}"], axes[f"{depth}_{i}"],
+                                 subnet.layer(depth, position), groups, path + (f"{depth}_{i}",))
+    for position, i in enumerate(ids)}
+
+
+def _ids(size: Size, full: int, depth: str, where: str) -> tuple[int, ...]:
+  ids = tuple(range(size)) if isinstance(size, int) else size
+  if ids and ids[-1] >= full:
+    raise UserError(f"{where}: {depth}={size} is outside the axis, which has {full}")
+  return ids
+
+
+def _check_lists(subnet, depth, count):
+  for axis, value in subnet.chosen.items():
+    if isinstance(value, tuple) and not is_depth(axis) and depth_of(axis) == depth \
+        and len(value) != count:
+      raise UserError(f"{axis}={value} lists {len(value)} layers, but {depth} keeps {count}")

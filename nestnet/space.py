@@ -1,0 +1,417 @@
+"""The family of sub-networks that one supernet contains."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nestnet.errors import UserError, one_of
+from nestnet.subnet import Size, Subnet, depth_of, is_depth
+
+ENUMERABLE = 100_000
+
+
+class Space:
+  """A finite set of sub-networks: choices for each axis, and what ties them.
+
+  Args:
+    couple: Joint choices of several axes, `{"layers embed": ((2, 32), (4, 64))}`: any coupling is
+      a list of the allowed rows (`heads` that follows `embed`, fixed pairs, `least_slope`).
+    per_layer: Axes whose choice is free in every layer.
+    groups: Number of equal groups of an axis; a subnet keeps the leading part of each, so that a
+      cut stays local on a mesh that shards the axis.
+    constraint: Predicate on members; only those that pass belong to the space.
+    pool: Members, as `Subnet` or text, that sampling is limited to.
+    **choices: Sizes by axis. On a depth axis a size may be a tuple of layer ids (`spaced`).
+
+  Example:
+    >>> space = Space(layers=(2, 4, 6), embed=(48, 96), heads=(3, 6), mlp=(96, 192, 384))
+    >>> len(space), str(space.smallest)
+    (36, 'layers=2,embed=48,heads=3,mlp=96')
+    >>> Space(layers=(2, 4), mlp=(8, 16, 32), per_layer=("mlp",)).size
+    90
+  """
+
+  def __init__(self, *, couple: Mapping[str, Sequence] | None = None, per_layer: Iterable[str] = (),
+               groups: Mapping[str, int] | None = None,
+               constraint: Callable[[Subnet], bool] | None = None,
+               pool: Iterable[Subnet | str] = (), **choices: Any):
+    """Raises `ValueError` for an axis that is chosen twice or has no choices, a size that is no
+    whole number, or does not divide into its groups, and a pool outside the space."""
+    self.groups = dict(groups or {})
+    self.per_layer = tuple(per_layer)
+    self.constraint = constraint
+    free = {axis: _column(axis, choices.pop(axis, None)) for axis in self.per_layer}
+    rows = {(axis,): tuple((v,) for v in _column(axis, values)) for axis, values in choices.items()}
+    for names, values in (couple or {}).items():
+      rows[tuple(names.split())] = _rows(names, values)
+    self._free = free
+    self._factors = rows
+    self.axes = tuple(itertools.chain(*rows, free))
+    self._validate()
+    self.pool = tuple(self.subnet(member) for member in pool)
+
+  def _validate(self):
+    repeated = sorted({a for a in self.axes if self.axes.count(a) > 1})
+    if repeated or not self.axes:
+      raise UserError(f"space: {', '.join(repeated) or 'no axis'} has choices "
+                      f"{'more than once' if repeated else ''}; each axis is chosen once")
+    for axis in self._free:
+      if is_depth(axis) or depth_of(axis) not in self.axes:
+        raise UserError(f"space: per-layer axis {axis} needs choices for {depth_of(axis)}")
+    for axis, count in self.groups.items():
+      if axis not in self.axes:
+        raise one_of("axis with groups", axis, self.axes)
+      for size in self.choices(axis):
+        if any(s % count for s in (size if isinstance(size, tuple) else (size,))):
+          raise UserError(f"space: {axis}={size} does not divide into {count} groups")
+    if self.constraint and next(self._members(), None) is None:
+      raise UserError("space: no member passes the constraint")
+
+  def choices(self, axis: str) -> tuple[Size, ...]:
+    """The sizes that `axis` may take, in the order given."""
+    if axis in self._free:
+      return self._free[axis]
+    for names, rows in self._factors.items():
+      if axis in names:
+        return tuple(dict.fromkeys(row[names.index(axis)] for row in rows))
+    raise one_of("axis", axis, self.axes)
+
+  # Size and membership.
+
+  @property
+  def size(self) -> int:
+    """The exact number of members. `len` is the same, up to Python's limit of 2^63."""
+    if self.constraint:
+      return sum(1 for _ in self._members())
+    return math.prod(sum(self._completions(names, row) for row in rows)
+                     for names, rows in self._factors.items())
+
+  def __len__(self) -> int:
+    return self.size
+
+  def __bool__(self) -> bool:
+    return True
+
+  def __contains__(self, subnet: object) -> bool:
+    try:
+      self.encode(subnet)
+    except (UserError, TypeError, AttributeError):
+      return False
+    return True
+
+  @property
+  def smallest(self) -> Subnet:
+    """The member of least volume."""
+    return self._extreme(min)
+
+  @property
+  def largest(self) -> Subnet:
+    """The member of most volume: the supernet, which contains all others."""
+    return self._extreme(max)
+
+  def _extreme(self, pick) -> Subnet:
+    if self.constraint:
+      return pick(self._members(), key=volume)
+    sizes: dict[str, Size] = {}
+    for names, rows in self._factors.items():
+      sizes |= dict(zip(names, pick(rows, key=lambda row: volume(_partial(zip(names, row))))))
+    return self._subnet(sizes | {axis: pick(values) for axis, values in self._free.items()})
+
+  # Iteration and sampling.
+
+  def __iter__(self) -> Iterator[Subnet]:
+    """Members from the cheapest to the dearest, by `volume`."""
+    return iter(self.by_cost(volume))
+
+  def by_cost(self, cost: Callable[[Subnet], float]) -> list[Subnet]:
+    """All members in order of `cost`.
+
+    Raises:
+      ValueError: The space has more than 100,000 members.
+    """
+    members = list(itertools.islice(self._members(), ENUMERABLE + 1))
+    if len(members) > ENUMERABLE:
+      raise UserError(f"the space has more than {ENUMERABLE} members, too many to list; sample it")
+    return sorted(members, key=lambda s: (cost(s), str(s)))
+
+  def sample(self, key: Any, by: str = "choices",
+             cost: Callable[[Subnet], float] | None = None) -> Subnet:
+    """One random member, a pure function of `key`; of the pool, where there is one.
+
+    Args:
+      key: A whole number or several, such as `(seed, step)`, or a numpy `Generator`.
+      by: `"choices"`: each axis (with `per_layer`, each layer) on its own, uniform over its
+        choices, as Once-for-All; `"members"`: uniform over members; `"cost"`: a cost uniform
+        between the extremes, then the nearest member among many drawn.
+      cost: The cost of a subnet; `volume` by default.
+    """
+    rng = np.random.default_rng(key)
+    if by not in ("choices", "members", "cost"):
+      raise one_of("sampling by", by, ("choices", "members", "cost"))
+    if by == "cost":
+      return self._sample_cost(rng, cost or volume)
+    if self.pool:
+      return self.pool[rng.integers(len(self.pool))]
+    while True:
+      member = self._draw(rng, by)
+      if not self.constraint or self.constraint(member):
+        return member
+
+  def _sample_cost(self, rng, cost) -> Subnet:
+    candidates = self.pool or [
+      *(self.sample(rng, by="members") for _ in range(256)), self.smallest, self.largest]
+    costs = np.array([cost(c) for c in candidates], float)
+    return candidates[int(np.abs(costs - rng.uniform(costs.min(), costs.max())).argmin())]
+
+  def _draw(self, rng, by) -> Subnet:
+    sizes: dict[str, Size] = {}
+    for names, rows in self._factors.items():
+      index = rng.integers(len(rows)) if by == "choices" else _weighted(
+        rng, [self._completions(names, row) for row in rows])
+      sizes |= dict(zip(names, rows[index]))
+    for axis, values in self._free.items():
+      count = _count(sizes[depth_of(axis)])
+      sizes[axis] = tuple(values[i] for i in rng.integers(len(values), size=count))
+    return self._subnet(sizes)
+
+  def _members(self) -> Iterator[Subnet]:
+    for rows in itertools.product(*self._factors.values()):
+      sizes = dict(itertools.chain(*(zip(n, row) for n, row in zip(self._factors, rows))))
+      lists = [itertools.product(values, repeat=_count(sizes[depth_of(axis)]))
+               for axis, values in self._free.items()]
+      for free in itertools.product(*lists):
+        member = self._subnet(sizes | dict(zip(self._free, free)))
+        if not self.constraint or self.constraint(member):
+          yield member
+
+  def without_pool(self) -> Space:
+    """The same space, sampled in full."""
+    return Space(**{**self.to_json(), "pool": ()}, constraint=self.constraint)
+
+  # Encoding.
+
+  def encode(self, subnet: Subnet) -> tuple[int, ...]:
+    """The genes of a member: one for each factor, and one for each layer of a per-layer axis.
+
+    A gene is the position of the choice, from 1; the genes of absent layers are 0.
+
+    Raises:
+      ValueError: `subnet` is not a member.
+    """
+    self._check_axes(subnet)
+    genes = []
+    for names, rows in self._factors.items():
+      row = tuple(subnet.chosen.get(axis) for axis in names)
+      if row not in rows:
+        raise self._outside(subnet, names, row, rows)
+      genes.append(1 + rows.index(row))
+    for axis, values in self._free.items():
+      ids = _ids(subnet.chosen[depth_of(axis)])
+      sizes = subnet.chosen[axis]
+      sizes = sizes if isinstance(sizes, tuple) else (sizes,) * len(ids)
+      slots = [0] * self._slots(axis)
+      for i, size in zip(ids, sizes):
+        if size not in values:
+          raise self._outside(subnet, (axis,), (size,), [(v,) for v in values])
+        slots[i] = 1 + values.index(size)
+      genes.extend(slots)
+    if self.constraint and not self.constraint(subnet):
+      raise UserError(f"sub-network {subnet} does not pass the constraint of the space")
+    return tuple(genes)
+
+  def decode(self, genes: Sequence[int]) -> Subnet:
+    """The member with these genes; `encode(decode(genes)) == genes` for canonical genes."""
+    genes = [int(g) for g in genes]
+    expected = len(self._factors) + sum(self._slots(axis) for axis in self._free)
+    if len(genes) != expected:
+      raise UserError(f"genes: got {len(genes)}, the space has {expected}")
+    sizes: dict[str, Size] = {}
+    for (names, rows), gene in zip(self._factors.items(), genes):
+      if not 1 <= gene <= len(rows):
+        raise UserError(f"gene of {' '.join(names)}: got {gene}, allowed 1 to {len(rows)}")
+      sizes |= dict(zip(names, rows[gene - 1]))
+    start = len(self._factors)
+    for axis, values in self._free.items():
+      slots = genes[start:start + self._slots(axis)]
+      start += self._slots(axis)
+      kept = [slots[i] for i in _ids(sizes[depth_of(axis)])]
+      if not all(1 <= g <= len(values) for g in kept):
+        raise UserError(f"genes of {axis}: got {kept}, allowed 1 to {len(values)}")
+      sizes[axis] = tuple(values[g - 1] for g in kept)
+    return self._subnet(sizes)
+
+  # Subnets from what a user writes.
+
+  def subnet(self, spec: Subnet | Mapping[str, Size] | str) -> Subnet:
+    """A member from a partial description; axes that it leaves out are as large as they may be.
+
+    Besides members it accepts mixtures of them, which nested training covers too: explicit layer
+    ids whose number is a choice of depth, and per-layer lists of sizes that are choices.
+
+    Raises:
+      ValueError: An unknown axis, or a size outside the space, with the allowed ones.
+
+    Example:
+      >>> str(Space(layers=(2, 4), mlp=(8, 16)).subnet("layers=2"))
+      'layers=2,mlp=16'
+    """
+    given = (Subnet.parse(spec) if isinstance(spec, str) else Subnet(**getattr(spec, "chosen", spec)))
+    self._check_axes(given, whole=False)
+    sizes: dict[str, Size] = {}
+    for names, rows in self._factors.items():
+      wanted = {axis: given.chosen[axis] for axis in names if axis in given.chosen}
+      fitting = [r for r in rows if all(self._fits(a, v, r[names.index(a)]) for a, v in wanted.items())]
+      if not fitting:
+        raise self._outside(given, names, tuple(wanted.get(a, "any") for a in names), rows)
+      sizes |= dict(zip(names, max(fitting, key=lambda r: volume(_partial(zip(names, r))))))
+    sizes |= {axis: max(values) for axis, values in self._free.items()}
+    for axis, value in given.chosen.items():
+      if axis in self._free and not all(
+          v in self._free[axis] for v in (value if isinstance(value, tuple) else (value,))):
+        raise self._outside(given, (axis,), (value,), [(v,) for v in self._free[axis]])
+    member = self._subnet(sizes | dict(given.chosen))
+    if self.constraint and not self.constraint(member):
+      raise UserError(f"sub-network {member} does not pass the constraint of the space")
+    return member
+
+  def _fits(self, axis: str, value: Size, choice: Size) -> bool:
+    if value == choice or not isinstance(value, tuple):
+      return value == choice
+    if is_depth(axis):
+      return len(value) == _count(choice) and value[-1] < self._full(axis)
+    return isinstance(choice, int) and choice == max(value) and set(value) <= set(self.choices(axis))
+
+  def _check_axes(self, subnet: Subnet, whole: bool = True):
+    for axis in subnet:
+      if axis not in self.axes:
+        raise one_of("axis", axis, self.axes)
+    missing = [axis for axis in self.axes if axis not in subnet]
+    if whole and missing:
+      raise UserError(f"sub-network {subnet} lacks {', '.join(missing)}")
+
+  def _outside(self, subnet, names, row, rows) -> UserError:
+    got = ", ".join(f"{a}={_plain(v)}" for a, v in zip(names, row))
+    allowed = ", ".join(str(_plain(r[0]) if len(r) == 1 else tuple(map(_plain, r))) for r in rows)
+    return UserError(f"sub-network {subnet}: {got} is outside the space; "
+                     f"allowed for {' '.join(names)}: {allowed}")
+
+  def to_json(self) -> dict[str, Any]:
+    """A JSON form, read back by `Space(**json)`; a constraint has none."""
+    plain = {names[0]: [row[0] for row in rows] for names, rows in self._factors.items()
+             if len(names) == 1}
+    joint = {" ".join(names): [list(row) for row in rows]
+             for names, rows in self._factors.items() if len(names) > 1}
+    return plain | {axis: list(values) for axis, values in self._free.items()} | {
+      key: value for key, value in {
+        "couple": joint, "per_layer": list(self.per_layer), "groups": self.groups,
+        "pool": [str(member) for member in self.pool]}.items() if value}
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Space) and (self.to_json(), self.constraint) == (
+      other.to_json(), other.constraint)
+
+  def __hash__(self) -> int:
+    return hash((self.axes, self.size))
+
+  def __repr__(self) -> str:
+    return f"Space({', '.join(f'{k}={v}' for k, v in self.to_json().items())})"
+
+  def _subnet(self, sizes: Mapping[str, Size]) -> Subnet:
+    return Subnet(**{axis: sizes[axis] for axis in self.axes})
+
+  def _completions(self, names, row) -> int:
+    """Members that extend one row of a factor along the per-layer axes of its depths."""
+    return math.prod(
+      len(values) ** _count(row[names.index(depth_of(axis))])
+      for axis, values in self._free.items() if depth_of(axis) in names)
+
+  def _full(self, depth: str) -> int:
+    return max(_ids(c)[-1] + 1 for c in self.choices(depth))
+
+  def _slots(self, axis: str) -> int:
+    return self._full(depth_of(axis))
+
+
+def volume(subnet: Subnet) -> float:
+  """A cost that needs no model: the product of the mean sizes along all axes."""
+  return math.prod(
+    subnet[axis] if is_depth(axis) else float(np.mean(value))
+    for axis, value in subnet.chosen.items())
+
+
+def spaced(layers: int, counts: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+  """Evenly spaced layer ids for each count, the first and the last always kept (POA, eq. 4).
+
+  Example:
+    >>> spaced(6, (2, 4))
+    ((0, 5), (0, 1, 3, 5))
+  """
+  return tuple(tuple(int(i) for i in np.linspace(0, layers - 1, n).astype(int)) for n in counts)
+
+
+def least_slope(layers: int, sizes: Sequence[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+  """Rows for `couple={"layers mlp": ...}`: widths that never fall with depth and mix only two
+  neighbouring sizes, the Mix'n'Match rule (MatFormer, section 3.3).
+
+  Example:
+    >>> least_slope(2, (8, 16))
+    ((2, (8, 8)), (2, (8, 16)), (2, (16, 16)))
+  """
+  sizes = sorted(sizes)
+  mixed = [(low,) * (layers - n) + (high,) * n
+           for low, high in zip(sizes, sizes[1:]) for n in range(layers)]
+  return tuple((layers, widths) for widths in (*mixed, (sizes[-1],) * layers))
+
+
+def _column(axis: str, values: Any) -> tuple[Size, ...]:
+  if values is None or isinstance(values, (int, str)) or not len(values):
+    raise UserError(f"space: {axis}={values!r}; a list of at least one size is allowed")
+  column = tuple(Subnet(**{axis: v}).chosen[axis] for v in values)
+  if len(set(column)) != len(column):
+    raise UserError(f"space: {axis} lists a size twice: {list(map(_plain, column))}")
+  return column
+
+
+def _rows(names: str, values: Any) -> tuple[tuple[Size, ...], ...]:
+  axes = names.split()
+  if not values or any(len(row) != len(axes) for row in values):
+    raise UserError(f"space: coupled choices of {names!r} must be rows of {len(axes)} sizes, got {values}")
+  rows = tuple(tuple(_partial(zip(axes, row)).chosen[a] for a in axes) for row in values)
+  if len(set(rows)) != len(rows):
+    raise UserError(f"space: coupled choices of {names!r} repeat a row")
+  return rows
+
+
+def _partial(items: Iterable[tuple[str, Size]]) -> Subnet:
+  return Subnet(**dict(items))
+
+
+def _weighted(rng: np.random.Generator, weights: Sequence[int]) -> int:
+  """An index with probability in proportion to whole weights of any magnitude."""
+  total = sum(weights)
+  if total < 2 ** 62:
+    draw = int(rng.integers(total))
+  else:
+    draw = int.from_bytes(rng.bytes((total.bit_length() + 64) // 8 + 1), "big") % total
+  for index, weight in enumerate(weights):
+    draw -= weight
+    if draw < 0:
+      return index
+  raise AssertionError("weights are positive")
+
+
+def _count(size: Size) -> int:
+  return size if isinstance(size, int) else len(size)
+
+
+def _ids(size: Size) -> tuple[int, ...]:
+  return tuple(range(size)) if isinstance(size, int) else size
+
+
+def _plain(size: Any) -> Any:
+  return list(size) if isinstance(size, tuple) else size

@@ -1,0 +1,220 @@
+"""A member of a nested family: which size, which layers, along which axis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+from nestnet.errors import UserError
+
+Size = int | tuple[int, ...]
+
+_AXIS = re.compile(r"[A-Za-z_]\w*")
+_DEPTH = re.compile(r"layers(_\d+)?")
+
+
+def is_depth(axis: str) -> bool:
+  """Whether `axis` counts layers: `layers`, or `layers_2` for a stage of its own."""
+  return _DEPTH.fullmatch(axis) is not None
+
+
+def depth_of(axis: str) -> str:
+  """The depth axis whose layers a per-layer `axis` is listed over: `expand_2` -> `layers_2`."""
+  stage = re.search(r"_\d+$", axis)
+  return "layers" + (stage.group() if stage else "")
+
+
+class Subnet(Mapping[str, Size]):
+  """A sub-network: a frozen, hashable mapping from axis name to size.
+
+  As a mapping it yields the fields of the small module, so `model.clone(**subnet)` is that
+  module; `chosen` says which layers and units they are.
+
+  A size is an int (the leading units), a tuple of ids on a depth axis (`layers=(0, 2, 4)`), or a
+  tuple with one size for each kept layer on any other (`mlp=(96, 192, 96)`). Ids that are a
+  prefix and lists that are uniform are stored as the int that they mean.
+
+  Example:
+    >>> small = Subnet(layers=(0, 2, 4), embed=48)
+    >>> str(small)
+    'layers=0+2+4,embed=48'
+    >>> dict(small)
+    {'layers': 3, 'embed': 48}
+    >>> Subnet.parse("embed=48,layers=0+2+4") == small
+    True
+  """
+
+  __slots__ = ("_chosen", "_key")
+
+  def __init__(self, /, **sizes: int | Sequence[int]):
+    """Raises `ValueError` for sizes that are not positive, ids that do not increase, and per-layer
+    lists of another length than the layers."""
+    chosen = {axis: _size(axis, value) for axis, value in sizes.items()}
+    for axis, value in chosen.items():
+      depth = chosen.get(depth_of(axis))
+      if is_depth(axis) or isinstance(value, int) or depth is None:
+        continue
+      if len(value) != _count(depth):
+        raise UserError(f"{axis}={_text(axis, value)} lists {len(value)} layers, but "
+                        f"{depth_of(axis)} keeps {_count(depth)}")
+      if len(set(value)) == 1:
+        chosen[axis] = value[0]
+    object.__setattr__(self, "_chosen", MappingProxyType(chosen))
+    object.__setattr__(self, "_key", frozenset(chosen.items()))
+
+  def __setattr__(self, name, value):
+    raise AttributeError(f"a Subnet is frozen; make another: Subnet(**{{**subnet.chosen, {name!r}: ...}})")
+
+  @classmethod
+  def parse(cls, text: str) -> Subnet:
+    """Reads the text form, such as `layers=0+2+4,embed=48,mlp=96:192:96`.
+
+    Raises:
+      ValueError: The text is not a list of `axis=size`, or names an axis twice.
+    """
+    sizes: dict[str, Size] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+      axis, _, value = (part.strip() for part in item.partition("="))
+      if not re.fullmatch(r"\d+|[\d+]*\+[\d+]*|[\d:]*:[\d:]*", value) or not re.search(r"\d", value):
+        raise UserError(
+          f"sub-network {text!r}: {item!r} is not axis=size; allowed are a size (layers=4), layer "
+          "ids (layers=0+2+4) and one size a layer (mlp=96:192:96)")
+      if axis in sizes:
+        raise UserError(f"sub-network {text!r}: {axis} is given twice")
+      separator = "+" if "+" in value else ":"
+      parts = tuple(int(n) for n in value.split(separator) if n)
+      if separator in value and is_depth(axis) != (separator == "+"):
+        raise UserError(f"sub-network {text!r}: {item!r} mixes two forms; layer ids are joined by "
+                        "'+' on a layers axis, sizes of layers by ':' on any other")
+      sizes[axis] = parts if separator in value else parts[0]
+    return cls(**sizes)
+
+  @property
+  def chosen(self) -> Mapping[str, Size]:
+    """What was chosen along each axis: an int, layer ids, or one size a layer."""
+    return self._chosen
+
+  def layer(self, depth: str, position: int) -> Subnet:
+    """The sizes of one kept layer: lists over `depth` become that layer's entry."""
+    return Subnet(**{
+      axis: value[position] if isinstance(value, tuple) and depth_of(axis) == depth else value
+      for axis, value in self._chosen.items() if axis != depth})
+
+  def per_layer(self, depth: str) -> bool:
+    """Whether some axis has its own size in each layer of `depth`."""
+    return any(isinstance(value, tuple) and not is_depth(axis) and depth_of(axis) == depth
+               for axis, value in self._chosen.items())
+
+  def within(self, outer: Subnet) -> Subnet:
+    """This sub-network in the coordinates of `outer`, which contains it.
+
+    `take(take(p, axes, a), axes_of_a, b.within(a)) == take(p, axes, b)`.
+
+    Raises:
+      ValueError: This sub-network is not inside `outer`.
+
+    Example:
+      >>> str(Subnet(layers=(0, 4), embed=32).within(Subnet(layers=(0, 2, 4), embed=48)))
+      'layers=0+2,embed=32'
+    """
+    def refuse(axis):
+      raise UserError(f"{self} is not inside {outer}: {axis}")
+
+    rebased, kept = {}, {}
+    for axis in {**outer.chosen, **self._chosen}:
+      if is_depth(axis):
+        ids = _ids(self._chosen[axis]) if axis in self._chosen else None
+        outer_ids = _ids(outer.chosen[axis]) if axis in outer.chosen else None
+        if ids is None or (outer_ids is not None and not set(ids) <= set(outer_ids)):
+          refuse(axis)
+        kept[axis] = ids if outer_ids is None else tuple(outer_ids.index(i) for i in ids)
+        rebased[axis] = kept[axis]
+    for axis in {**outer.chosen, **self._chosen}:
+      if is_depth(axis):
+        continue
+      if axis not in self._chosen:
+        refuse(axis)
+      size, limit = self._chosen[axis], outer.chosen.get(axis)
+      positions = kept.get(depth_of(axis))
+      if isinstance(limit, tuple) and positions is not None:
+        limit = tuple(limit[i] for i in positions)
+      if limit is not None:
+        sizes, limits = _broadcast(size, limit)
+        if len(sizes) != len(limits) or any(s > m for s, m in zip(sizes, limits)):
+          refuse(axis)
+      rebased[axis] = size
+    return Subnet(**{axis: rebased[axis] for axis in self._chosen})
+
+  def __getitem__(self, axis: str) -> Size:
+    value = self._chosen[axis]
+    return _count(value) if is_depth(axis) else value
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._chosen)
+
+  def __len__(self) -> int:
+    return len(self._chosen)
+
+  def __eq__(self, other: object) -> bool:
+    return self._key == other._key if isinstance(other, Subnet) else NotImplemented
+
+  def __hash__(self) -> int:
+    return hash(self._key)
+
+  def __str__(self) -> str:
+    return ",".join(f"{axis}={_text(axis, value)}" for axis, value in self._chosen.items())
+
+  def __repr__(self) -> str:
+    return f"Subnet({str(self)!r})"
+
+  def __reduce__(self):
+    return _restore, (dict(self._chosen),)
+
+  def to_json(self) -> dict[str, int | list[int]]:
+    """A JSON form, read back by `Subnet(**json)`."""
+    return {a: list(v) if isinstance(v, tuple) else v for a, v in self._chosen.items()}
+
+
+def _restore(chosen: dict[str, Size]) -> Subnet:
+  return Subnet(**chosen)
+
+
+def _count(value: Size) -> int:
+  return value if isinstance(value, int) else len(value)
+
+
+def _ids(value: Size) -> tuple[int, ...]:
+  return tuple(range(value)) if isinstance(value, int) else value
+
+
+def _broadcast(a: Size, b: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  length = max(len(v) if isinstance(v, tuple) else 1 for v in (a, b))
+  return tuple(v if isinstance(v, tuple) else (v,) * length for v in (a, b))
+
+
+def _size(axis: str, value: int | Sequence[int]) -> Size:
+  if not _AXIS.fullmatch(axis):
+    raise UserError(f"axis {axis!r}: a name of letters, digits and _ is allowed")
+  numbers = value if isinstance(value, (tuple, list)) else (value,)
+  whole = all(hasattr(n, "__index__") and not isinstance(n, bool) for n in numbers)
+  least = 0 if is_depth(axis) and numbers is value else 1
+  if not whole or not numbers or any(n < least for n in numbers):
+    raise UserError(f"{axis}={value!r}: a whole number of at least {least} is allowed, or a list of them")
+  numbers = tuple(int(n) for n in numbers)
+  if not isinstance(value, (tuple, list)):
+    return numbers[0]
+  if is_depth(axis):
+    if any(a >= b for a, b in zip(numbers, numbers[1:])):
+      raise UserError(f"{axis}={list(numbers)}: layer ids must increase")
+    return len(numbers) if numbers == tuple(range(len(numbers))) else numbers
+  return numbers
+
+
+def _text(axis: str, value: Size) -> str:
+  if isinstance(value, int):
+    return str(value)
+  separator = "+" if is_depth(axis) else ":"
+  if len(value) == 1:
+    return f"+{value[0]}" if is_depth(axis) else f"{value[0]}:"
+  return separator.join(map(str, value))

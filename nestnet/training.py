@@ -1,0 +1,179 @@
+"""The one loop: phases, exact resume, checkpoints of finite states only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from nestnet.checkpoint import Checkpoints
+from nestnet.errors import UserError
+from nestnet.logs import Logs, Progress
+from nestnet.sharding import put_batch
+from nestnet.steps import Step, TrainState
+
+Transition = Callable[[TrainState], TrainState]
+
+
+class NonFinite(RuntimeError):
+  """The loss or the gradient is no number any more; the last good checkpoint is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A stretch of training with one supernet, recipe and optimizer.
+
+  Attributes:
+    steps: Updates in this phase.
+    step: What an update does.
+    enter: Pure function of the train state at its beginning, such as a permutation of channels or
+      the growth of a layer. A teacher that the phase before had not is a copy of the parameters.
+    fresh_optimizer: Whether the optimizer's state begins anew.
+  """
+
+  steps: int
+  step: Step
+  enter: Transition | None = None
+  fresh_optimizer: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """Where `train` ended: the state, and whether all steps are done."""
+
+  state: TrainState
+  finished: bool
+
+
+def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str], *,
+          checkpoint_every: int, log_every: int = 10, eval_every: int = 0,
+          evaluate: Callable[[Step, TrainState], dict[str, float]] | None = None,
+          show_progress: bool = True) -> Outcome:
+  """Trains, or goes on with what `workdir` holds.
+
+  Killed at any moment and started again, it ends with the parameters of the uninterrupted run, bit
+  for bit on the same hardware and mesh. A checkpoint is written only after its own step's loss and
+  gradient norm were seen finite. SIGTERM saves and returns.
+
+  Args:
+    phases: What to do, one after another.
+    batches: `batches[step]` is the batch of a step, a dict of arrays `[batch, ...]`.
+    workdir: Gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+    checkpoint_every: Steps between checkpoints; the last step always has one.
+    log_every: Steps between rows of `metrics.jsonl`.
+    eval_every: Steps between calls of `evaluate`; 0: never.
+    evaluate: Scalars of a state, logged beside the metrics.
+    show_progress: Whether to show a bar, or lines where there is no terminal.
+
+  Raises:
+    NonFinite: The loss or the gradient norm is infinite or no number.
+    ValueError: The checkpoints in `workdir` belong to another model or to a longer run.
+  """
+  ends = [sum(p.steps for p in phases[:i + 1]) for i in range(len(phases))]
+  total = ends[-1]
+
+  def phase_at(step: int) -> int:
+    """The phase whose state stands after `step` updates; transitions come after the save."""
+    return next(i for i, end in enumerate(ends) if step <= end)
+
+  with Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
+    if checkpoints.steps and checkpoints.steps[-1] > total:
+      raise UserError(f"{workdir} is at step {checkpoints.steps[-1]}, train.steps is {total}; "
+                      "allowed is at least as many")
+    restored = checkpoints.restore(lambda step: phases[phase_at(step)].step.abstract())
+    start, state = restored or (0, phases[0].step.init())
+    current = phase_at(start)
+    if start == 0 and restored is None and phases[0].enter:
+      state = phases[0].enter(state)
+    with _Stop() as stop:
+      logs = Logs(workdir, start)
+      progress = Progress(total, start) if show_progress else None
+      pending = None
+      try:
+        for step in range(start, total):
+          if step == ends[current]:
+            current += 1
+            state = _enter(phases[current], state)
+          phase = phases[current]
+          batch = put_batch(batches[step], phase.step.mesh)
+          state, metrics = phase.step(state, batch, step)
+          done = step + 1
+          # The metrics of the step before are read while this one runs.
+          if pending:
+            _report(*pending, logs, log_every, progress)
+          pending = (done, metrics)
+          stopping = stop.requested
+          if done % checkpoint_every == 0 or done == total or stopping:
+            _report(*pending, logs, log_every, progress)
+            pending = None
+            checkpoints.save(done, state)
+          if evaluate and eval_every and (done % eval_every == 0) and done < total:
+            logs.write(done, evaluate(phase.step, state))
+          if stopping:
+            return Outcome(state, done == total)
+      finally:
+        logs.close()
+        if progress:
+          progress.close()
+  return Outcome(state, True)
+
+
+def restore(phases: Sequence[Phase], workdir: str | os.PathLike[str]) -> tuple[int, TrainState] | None:
+  """The newest intact state in `workdir` and its step, or None where there is none."""
+  ends = [sum(p.steps for p in phases[:i + 1]) for i in range(len(phases))]
+  with Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
+    return checkpoints.restore(lambda step: phases[next(
+      (i for i, end in enumerate(ends) if step <= end), len(phases) - 1)].step.abstract())
+
+
+def _enter(phase: Phase, state: TrainState) -> TrainState:
+  """The state with which a phase begins, from that with which the last one ended."""
+  if phase.enter:
+    state = phase.enter(state)
+  step = phase.step
+  shapes = step.abstract()
+  if (state.teacher is None) != (shapes.teacher is None):
+    state = state.replace(teacher=step.teacher_of(state.trained))
+  if phase.fresh_optimizer:
+    state = state.replace(opt_state=jax.jit(step.tx.init)(state.trained))
+  return jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
+
+
+def _report(done: int, metrics: dict[str, jax.Array], logs: Logs, log_every: int,
+            progress: Progress | None) -> None:
+  scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  for name in ("loss", "grad_norm"):
+    if not math.isfinite(scalars[name]):
+      raise NonFinite(f"step {done}: {name} is {scalars[name]}; training stopped, the last good "
+                      "checkpoint is kept. A lower optim.learning_rate or optim.clip_norm may help.")
+  if done % log_every == 0:
+    logs.write(done, scalars)
+  if progress:
+    progress.update(done, scalars)
+
+
+class _Stop:
+  """Notes SIGTERM (pre-emption), so that the loop can save and leave."""
+
+  requested = False
+
+  def __enter__(self):
+    # Only the main thread may handle signals; elsewhere the caller's own handling stands.
+    self._main = threading.current_thread() is threading.main_thread()
+    if self._main:
+      self._previous = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, *_):
+    self.requested = True
+
+  def __exit__(self, *_):
+    if self._main:
+      signal.signal(signal.SIGTERM, self._previous)

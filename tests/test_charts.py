@@ -1,0 +1,76 @@
+"""Charts: what can be told without eyes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from matplotlib import image
+import numpy as np
+import pytest
+
+from nestnet import charts
+from nestnet import report
+
+
+def rows(count):
+  return [{"subnet": f"layers={i},embed=48", "params": 10 ** (3 + i), "flops": 10 * i,
+           "accuracy": 0.9 + 0.01 * i} for i in range(count)]
+
+
+def results(means, seeds=3, budget="equal steps"):
+  return [report.Result(recipe, budget, f"embed={params}", params, params,
+                        tuple(mean + 0.001 * seed for seed in range(seeds)), 1e9, 100)
+          for recipe, means_of in means.items() for params, mean in zip((100, 200, 900), means_of)]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_pareto_chart_is_a_sharp_picture_with_ink(tmp_path, count):
+  path = tmp_path / "pareto.png"
+  charts.pareto_chart(path, rows(count), budget="100 steps, 1 seed")
+  pixels = image.imread(path)
+  assert pixels.shape[:2] == (920, 1440)
+  blue = np.array([0x00, 0x72, 0xB2]) / 255
+  assert (np.abs(pixels[..., :3] - blue).max(axis=-1) < 0.01).sum() > 50
+
+
+def test_compare_chart_has_a_panel_for_each_budget(tmp_path):
+  means = {"separate": (0.9, 0.95, 0.97), "sandwich": (0.91, 0.95, 0.97)}
+  one, two = tmp_path / "one.png", tmp_path / "two.png"
+  charts.compare_chart(one, results(means, seeds=1))
+  both = results(means) + results(means, budget="equal FLOPs")
+  charts.compare_chart(two, both, caption="3 seeds")
+  assert image.imread(two).shape[1] == 1840 > image.imread(one).shape[1]
+
+
+def test_charts_refuse_nothing_to_draw(tmp_path):
+  with pytest.raises(ValueError, match="none"):
+    charts.pareto_chart(tmp_path / "a.png", [])
+  with pytest.raises(ValueError, match="none"):
+    charts.compare_chart(tmp_path / "a.png", [])
+  with pytest.raises(ValueError, match="'speed'"):
+    charts.pareto_chart(tmp_path / "a.png", rows(2), metric="speed")
+  assert not list(tmp_path.iterdir())
+
+
+def test_one_collapsed_recipe_does_not_flatten_the_others():
+  good = {"separate": (0.9, 0.95, 0.97), "sandwich": (0.91, 0.95, 0.97)}
+  grids = report.by_budget(results({**good, "truncate": (0.1, 0.2, 0.97)})).values()
+  low, high = charts._limits(grids)
+  assert 80 < low < 90 and 97.2 < high <= 100.5
+  low, _ = charts._limits(report.by_budget(results(good)).values())
+  assert low < 90
+
+
+@pytest.mark.parametrize("costs", [[100, 130, 900], [100]])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_dodged_bars_stand_apart_around_their_size(costs, count):
+  factors = charts._dodges(costs, count)
+  dodged = [factor * cost for cost in costs for factor in factors]
+  assert len(set(factors)) == count and dodged == sorted(dodged)
+  assert np.prod(factors) == pytest.approx(1)
+
+
+def test_charts_leave_the_global_state_of_pyplot_alone():
+  code = "import sys; from nestnet import charts; sys.exit('matplotlib.pyplot' in sys.modules)"
+  subprocess.run([sys.executable, "-c", code], check=True)
