@@ -13,7 +13,7 @@ from nestnet.recipes import recipe
 def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.model = dict(name="ViT", layers=4, embed=64, heads=4, mlp=256, patch=2, drop_path=0.0)
+  config.model = dict(name="ViT", layers=4, embed=64, heads=4, mlp=256, patch=2, position_std=1.0)
   config.space = dict(
     layers=(2, 3, 4), embed=(32, 48, 64), heads=(2, 4), mlp=(64, 256),
     # What trains. Every member of the space is evaluated.
@@ -23,12 +23,14 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   if method.startswith("matryoshka"):
     config.model.features = 64
     config.space = dict(features=(4, 8, 16, 32, 64))
-    config.recipe = recipe(method, sizes=(4, 8, 16, 32, 64))
+    # Its baseline, FF-k: networks trained alone whose classifier reads the first k features.
+    alone = method == "matryoshka_separate"
+    config.recipe = recipe("separate") if alone else recipe(method, sizes=(4, 8, 16, 32, 64))
   else:
     config.recipe = recipe(method)
   config.data = dict(name="digits", data_dir="", augment="digits")
-  config.optim = dict(name="adamw", learning_rate=2e-3, schedule="cosine", warmup_steps=50,
-                      weight_decay=0.05, clip_norm=1.0, b1=0.9, b2=0.999)
+  config.optim = dict(name="adamw", learning_rate=4e-3, schedule="cosine", warmup_steps=50,
+                      weight_decay=0.05, clip_norm=1.0, b1=0.9, b2=0.99)
   # Global batch, in images; the last step is always saved.
   config.train = dict(steps=600, batch_size=128, checkpoint_every=200, log_every=10, eval_every=0)
   # Devices; -1 takes all that are there.

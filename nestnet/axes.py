@@ -32,6 +32,8 @@ Product = tuple[tuple[str, int | None], ...]
 Name = str | Product
 Rule = Callable[[Any, Any], Any]
 
+STACK = "stack"
+
 _TOKEN = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 
 
@@ -45,6 +47,8 @@ class Axes:
     contracted: Names that the array contracts over (role "in").
     stacked: Names that only stack copies of the array (role "stack").
     rule: Optional function `(leaf, subnet) -> leaf`, applied by `take` after the cut.
+    stack: Key of the stack that the array belongs to, where it is known. It says which node of a
+      tree becomes `layers_0`, `layers_1`, ... when nothing beside the stack is in the tree.
 
   Example:
     >>> Axes.parse("layers: embed -> 3 heads head_dim").names
@@ -57,6 +61,7 @@ class Axes:
   contracted: frozenset[str] = frozenset()
   stacked: frozenset[str] = frozenset()
   rule: Rule | None = None
+  stack: str | None = dataclasses.field(default=None, compare=False)
 
   @classmethod
   def parse(cls, text: str, rule: Rule | None = None) -> Axes:
@@ -72,10 +77,8 @@ class Axes:
       left, right = "", arrow
     groups = [_names(part) for part in (stack, left, right)]
     contracted = groups[2] if sign == "<-" else groups[1]
-    return cls(
-      names=sum(groups, ()), contracted=frozenset(flat(contracted)), stacked=frozenset(flat(groups[0])),
-      rule=rule,
-    )
+    return cls(names=sum(groups, ()), contracted=frozenset(flat(contracted)),
+               stacked=frozenset(flat(groups[0])), rule=rule)
 
   @classmethod
   def of(cls, value: Axes | str | jax.sharding.PartitionSpec | tuple) -> Axes:
@@ -114,7 +117,12 @@ def flat(names: tuple[Name, ...]) -> tuple[str, ...]:
 def is_axes(value: Any) -> bool:
   """Whether `value` is a leaf of an axes tree."""
   return isinstance(value, (Axes, str, jax.sharding.PartitionSpec)) or (
-    type(value) is tuple and all(isinstance(n, (str, tuple)) for n in value))
+    type(value) is tuple and all(isinstance(n, str) or _is_product(n) for n in value))
+
+
+def _is_product(name: Any) -> bool:
+  return type(name) is tuple and bool(name) and all(
+    type(factor) is tuple and len(factor) == 2 and isinstance(factor[0], str) for factor in name)
 
 
 def axes(init: Callable[..., Any], names: str, rule: Rule | None = None) -> Callable[..., Any]:
@@ -149,10 +157,12 @@ class _Named(nn.LogicallyPartitioned):
   contracted: frozenset[str] = struct.field(default=frozenset(), pytree_node=False)
   stacked: frozenset[str] = struct.field(default=frozenset(), pytree_node=False)
   rule: Rule | None = struct.field(default=None, pytree_node=False)
+  stack: str | None = struct.field(default=None, pytree_node=False)
 
   def add_axis(self, index, params):
     box = super().add_axis(index, params)
-    return box.replace(stacked=self.stacked | {box.names[index]})
+    return box.replace(stacked=self.stacked | {box.names[index]},
+                       stack=params.get(STACK, self.stack))
 
   def remove_axis(self, index, params):
     box = super().remove_axis(index, params)
@@ -160,7 +170,7 @@ class _Named(nn.LogicallyPartitioned):
 
   @property
   def axes(self) -> Axes:
-    return Axes(tuple(self.names), self.contracted, self.stacked, self.rule)
+    return Axes(tuple(self.names), self.contracted, self.stacked, self.rule, self.stack)
 
 
 def axis_names(model: nn.Module, *inputs: Any) -> Any:
@@ -218,10 +228,12 @@ def _leaf_axes(leaf: Any) -> Axes | None:
 
 
 def _problem(names: Axes, shape: tuple[int, ...]) -> str | None:
+  if not is_axes(names.names):
+    return f"has the names {names.names}, and each must be a word"
   if len(names.names) != len(shape):
     return f"named {str(names)!r}, {len(names.names)} names for {len(shape)} dimensions"
   every = flat(names.names)
-  repeated = sorted({n for n in every if every.count(n) > 1})
+  repeated = sorted({n for n in every if every.count(n) > 1 and not n.isdigit()})
   if repeated:
     return f"named {str(names)!r}, repeats {', '.join(repeated)}"
   for name, size in zip(names.names, shape):
@@ -255,7 +267,9 @@ def _names(text: str) -> tuple[Name, ...]:
 def _product(text: str) -> Product:
   factors = []
   for token in text.split():
-    name, _, size = token.partition("=")
+    name, sign, size = token.partition("=")
+    if sign and not size.isdigit():
+      raise UserError(f"product axis ({text}): {token!r} has no whole size; write name=size")
     factors.append((name, int(size) if size else int(name) if name.isdigit() else None))
   if sum(size is None for _, size in factors) > 1:
     raise UserError(f"product axis ({text}): at most one factor may have no size; write name=size")

@@ -1,8 +1,8 @@
 """Command lines: flags in, one message and an exit code out.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake of the user (one message, what, got,
-allowed), 130 interrupted by Ctrl-C. Nothing here imports JAX, so that a mistyped flag answers at
-once; scripts should import what is heavy inside `main`.
+Exit codes: 0 done, 1 a failed run (one message) or a bug (with its traceback), 2 a mistake of the
+user (one message: what, got, allowed), 130 interrupted by Ctrl-C. Nothing here imports JAX, so that
+a mistyped flag answers at once; scripts should import what is heavy inside `main`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     app.run(start, flags_parser=parse)
   except errors.UserError as error:
     sys.exit(_report(str(error), 2))
+  except errors.Failure as error:
+    sys.exit(_report(str(error), 1))
   except KeyboardInterrupt:
     sys.exit(_report("interrupted", 130))
 

@@ -10,6 +10,10 @@ class UserError(ValueError):
   """A mistake in what the user asked for; command lines print it without a traceback, exit 2."""
 
 
+class Failure(RuntimeError):
+  """Why a run cannot go on, though nobody asked for anything wrong; printed without a traceback, exit 1."""
+
+
 def one_of(what: str, got: object, allowed: Iterable[object]) -> UserError:
   """Builds the error for a name that is not among the allowed ones.
 

@@ -15,7 +15,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.objectives.base import Objective, Targets
 from nestnet.slicing import take
 from nestnet.space import Space
-from nestnet.subnet import Subnet
+from nestnet.subnet import Subnet, reach
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,8 +41,12 @@ class Supernet:
       if axis not in fields:
         raise one_of(f"axis of {name}", axis, fields)
       if fields[axis] != size:
-        raise UserError(f"the largest of the space has {axis}={size}, the model has {fields[axis]}; "
-                        "they must be equal")
+        raise UserError(f"the largest of the space has {axis}={size}, the model has "
+                        f"{fields[axis]}; they must be equal")
+      for choice in self.space.choices(axis):
+        if reach(axis, choice) > reach(axis, self.space.largest.chosen[axis]):
+          raise UserError(f"the largest of the space, {self.space.largest}, does not contain "
+                          f"{axis}={choice}")
     for member in {self.space.smallest, self.space.largest, *self.space.pool}:
       self.check(member)
 
@@ -143,7 +147,8 @@ def forward(supernet: Supernet, objective: Objective, variables: dict[str, Any],
 
 def term_loss(supernet: Supernet, objective: Objective, objective_axes: Any, subnet: Subnet,
               regularised: bool, trained: dict[str, Any], fixed: dict[str, Any], state: Any,
-              targets: Targets, step: jax.Array, rng: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
+              targets: Targets, step: jax.Array, rng: jax.Array
+              ) -> tuple[jax.Array, tuple[Any, Any]]:
   """The loss of one sub-network on its slice: `(loss, (outputs, metrics))`."""
   variables = supernet.cut({"params": trained["model"], **fixed}, subnet)
   own = take(trained["objective"], objective_axes, subnet, supernet.space.groups, strict=False)

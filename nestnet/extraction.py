@@ -13,7 +13,7 @@ import numpy as np
 
 from nestnet import cost, report, runs
 from nestnet.data import arrays
-from nestnet.errors import UserError
+from nestnet.errors import Failure, UserError
 from nestnet.evaluators.classification import batches
 from nestnet.interop.folder import load, save
 from nestnet.runs import Run
@@ -112,7 +112,7 @@ def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLik
   """The largest difference of logits: the network in `folder` against the slice in place.
 
   Raises:
-    RuntimeError: They differ by more than 1e-5 of the largest logit.
+    Failure: They differ by more than 1e-5 of the largest logit.
   """
   images = next(batches(arrays(run.dataset, "validation")["image"][:VERIFIED]))
   module, variables = load(folder, type(run.supernet.model))
@@ -122,5 +122,5 @@ def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLik
   alone, within = np.asarray(alone, np.float32), np.asarray(within, np.float32)
   difference = float(np.abs(alone - within).max())
   if difference > TOLERANCE * max(1.0, float(np.abs(within).max())):
-    raise RuntimeError(f"the extracted network differs from the slice in place by {difference}")
+    raise Failure(f"the extracted network differs from the slice in place by {difference}")
   return difference

@@ -38,7 +38,8 @@ def optimizer(name: str, rate: optax.Schedule, weight_decay: float = 0.0, clip_n
   """Makes an optimizer from a mask of the weights that decay (kernels; no biases, norms, positions).
 
   Args:
-    name: `"adamw"` or `"sgd"` (with Nesterov momentum and coupled weight decay).
+    name: `"adamw"` or `"sgd"`, with Nesterov momentum; weight decay is decoupled in both, the rate
+      times `weight_decay` a step (Loshchilov and Hutter, 1711.05101).
     rate: The learning-rate schedule.
     weight_decay: Of the masked weights.
     clip_norm: Largest global norm of the gradient; 0: no limit.
@@ -49,8 +50,9 @@ def optimizer(name: str, rate: optax.Schedule, weight_decay: float = 0.0, clip_n
   def make(mask):
     rules = {
       "adamw": lambda: [optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)],
-      "sgd": lambda: [optax.add_decayed_weights(weight_decay, mask=mask),
-                      optax.sgd(rate, momentum=momentum or None, nesterov=bool(momentum))],
+      "sgd": lambda: [optax.trace(momentum, nesterov=True) if momentum else optax.identity(),
+                      optax.add_decayed_weights(weight_decay, mask=mask),
+                      optax.scale_by_learning_rate(rate)],
     }
     if name not in rules:
       raise one_of("optimizer", name, rules)

@@ -6,13 +6,12 @@ A workdir holds `config.json` (resolved), `metrics.jsonl`, TensorBoard events, `
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -150,7 +149,11 @@ def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
   if alone or config["recipe"].get("name") == "separate":
     member = space.subnet(alone) if alone else space.largest
     model, space = model.clone(**member), Space(**{axis: (size,) for axis, size in member.items()})
-  return Supernet(model, space, (jax.ShapeDtypeStruct((1, *dataset.shape), jnp.float32),))
+  return _shared_supernet(model, space, (jax.ShapeDtypeStruct((1, *dataset.shape), jnp.float32),))
+
+
+# Runs that differ in seed or recipe share one: checking its members takes about a second.
+_shared_supernet = functools.lru_cache(maxsize=32)(Supernet)
 
 
 def _space(config: Mapping[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
@@ -199,19 +202,30 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progr
     nestnet.training.NonFinite: Training diverged.
   """
   workdir = pathlib.Path(workdir)
-  run = build(config)
+  if (workdir / "done").exists():
+    settle(build(config), workdir)
+  if (workdir / "done").exists():
+    return True
+  run, state = trained(config, workdir, show_progress)
+  if state is None:
+    return False
+  rows = evaluate(run, state, evaluated(run.supernet.space), show_progress=show_progress)
+  report.write_rows(workdir / "subnets.json", rows)
+  charts.pareto_chart(workdir / "pareto.png", rows, title=title(run), budget=budget_text(rows[0]))
+  atomic_write(workdir / "done", "")
+  return True
+
+
+def trained(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progress: bool = True
+            ) -> tuple[Run, TrainState | None]:
+  """The first half of `train`: the run, and the state that it ends with; None after SIGTERM."""
+  workdir, run = pathlib.Path(workdir), build(config)
   settle(run, workdir)
   outcome = training.train(
     run.phases, batches(run), workdir, checkpoint_every=run.config["train"]["checkpoint_every"],
     log_every=run.config["train"]["log_every"], eval_every=run.config["train"]["eval_every"],
     evaluate=functools.partial(_watch, run), show_progress=show_progress)
-  if not outcome.finished:
-    return False
-  rows = evaluate(run, outcome.state, evaluated(run.supernet.space), show_progress=show_progress)
-  report.write_rows(workdir / "subnets.json", rows)
-  charts.pareto_chart(workdir / "pareto.png", rows, title=title(run), budget=budget_text(rows[0]))
-  atomic_write(workdir / "done", "")
-  return True
+  return run, outcome.state if outcome.finished else None
 
 
 def settle(run: Run, workdir: pathlib.Path) -> None:
@@ -335,23 +349,33 @@ def budget(run: Run) -> dict[str, Any]:
   """What training took: steps, images seen, FLOPs of all forward and backward passes, the seed."""
   batch_size, flops, start = run.config["train"]["batch_size"], 0, 0
   for phase in run.phases:
-    supernet, recipe = phase.step.supernet, phase.step.recipe
-    trained, tried, taught = collections.Counter(), collections.Counter(), 0
-    for step in range(start, start + phase.steps):
-      terms = recipe.sampler.terms(step)
-      for term in terms:
-        trained[term.candidates[0]] += 1
-        if len(term.candidates) > 1:
-          tried.update(term.candidates)
-      taught += phase.step.runs_teacher(terms)
+    flops += sum(map(step_flops(phase.step), range(start, start + phase.steps)))
     start += phase.steps
-    module = supernet.module
-    flops += sum(n * cost.flops(module(s), *supernet.inputs, train=True) for s, n in trained.items())
-    flops += sum(n * cost.flops(module(s), *supernet.inputs) for s, n in tried.items())
-    if taught:
-      flops += taught * cost.flops(supernet.model, *supernet.inputs)
   return {"steps": run.steps, "images": run.steps * batch_size, "train_flops": int(flops * batch_size),
           "seed": run.config.get("seed", 0)}
+
+
+def step_flops(step: Step) -> Callable[[int], int]:
+  """The function from a step's number to its FLOPs, all passes, for one image of the batch."""
+  supernet, sampler = step.supernet, step.recipe.sampler
+
+  @functools.cache
+  def flops(subnet: Subnet, train: bool) -> int:
+    return _flops(supernet.module(subnet), supernet.inputs, train)
+
+  def count(number: int) -> int:
+    terms = sampler.terms(number)
+    trained = sum(flops(term.candidates[0], True) for term in terms)
+    tried = sum(flops(c, False) for term in terms if len(term.candidates) > 1 for c in term.candidates)
+    taught = flops(supernet.space.largest, False) if step.runs_teacher(terms) else 0
+    return trained + tried + taught
+
+  return count
+
+
+@functools.lru_cache(maxsize=1024)
+def _flops(module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...], train: bool) -> int:
+  return cost.flops(module, *inputs, train=train)
 
 
 def budget_text(row: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ sharding need nothing more.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from flax.core import meta
 
 from nestnet.axes import Axes, flat, is_axes
 from nestnet.errors import UserError, one_of
-from nestnet.subnet import Size, Subnet, depth_of, is_depth
+from nestnet.subnet import Size, Subnet, depth_of, is_depth, kept_ids, reach
 
 Groups = Mapping[str, int]
 
@@ -86,7 +87,8 @@ def scatter(small: Any, axes: Any, subnet: Subnet, like: Any, groups: Groups | N
     >>> scatter(small, {"bias": "-> mlp"}, Subnet(mlp=2), {"bias": jnp.zeros(4)})["bias"].tolist()
     [1.0, 1.0, 0.0, 0.0]
   """
-  plain = jax.tree.map(lambda a: Axes(Axes.of(a).names), axes, is_leaf=is_axes)
+  plain = jax.tree.map(
+    lambda a: dataclasses.replace(Axes.of(a), rule=None), axes, is_leaf=is_axes)
   return jax.linear_transpose(lambda full: take(full, plain, subnet, groups), like)(small)[0]
 
 
@@ -129,7 +131,8 @@ def _key(path) -> str:
 
 
 def _cut_leaf(leaf, names, subnet, groups, path):
-  if not hasattr(leaf, "shape") and jax.tree.structure(leaf) != jax.tree.structure(0):
+  if not jax.tree_util.all_leaves([leaf]):
+    # An optimizer's pair of moments, or an NNX variable around its array.
     return jax.tree.map(lambda array: _cut_leaf(array, names, subnet, groups, path), leaf)
   cut = lambda array: _cut(array, names, subnet, groups, path)
   if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -172,8 +175,7 @@ def _keep_product(array, dimension, factors, subnet, groups, where):
 def _keep(array, dimension, axis, size, groups, where):
   """The chosen entries of one dimension: leading ones, leading ones of each group, or ids."""
   full = array.shape[dimension]
-  largest = size if isinstance(size, int) else max(size) + 1 if is_depth(axis) else max(size)
-  if largest > full:
+  if reach(axis, size) > full:
     raise UserError(f"{where}: {axis}={size} is outside the axis, which has {full}")
   if isinstance(size, tuple):
     if not is_depth(axis):
@@ -200,11 +202,18 @@ def _slice(array, dimension, start, stop):
 
 
 def _stacked_over(axes: Mapping) -> str | None:
-  """The depth axis over which every leaf below this node is stacked."""
-  names = [Axes.of(leaf).names for leaf in jax.tree.leaves(axes, is_leaf=is_axes)]
-  first = names[0][0] if names and names[0] else None
-  together = isinstance(first, str) and is_depth(first)
-  return first if together and all(n and n[0] == first for n in names) else None
+  """The depth axis over which every leaf below this node is stacked, if this node is the stack."""
+  leaves = [Axes.of(leaf) for leaf in jax.tree.leaves(axes, is_leaf=is_axes)]
+  first = leaves[0].names[0] if leaves and leaves[0].names else None
+  together = isinstance(first, str) and is_depth(first) and all(
+    leaf.names and leaf.names[0] == first for leaf in leaves)
+  stack = next((leaf.stack for leaf in leaves if leaf.stack), None)
+  return first if together and not _has_key(axes, stack) else None
+
+
+def _has_key(axes: Any, key: str | None) -> bool:
+  return isinstance(axes, Mapping) and (
+    key in axes or any(_has_key(child, key) for child in axes.values()))
 
 
 def _unrolled_over(axes: Mapping) -> str | None:
@@ -212,7 +221,8 @@ def _unrolled_over(axes: Mapping) -> str | None:
   if not axes:
     return None
   depth = str(next(iter(axes))).rpartition("_")[0]
-  return depth if is_depth(depth) and set(axes) == {f"{depth}_{i}" for i in range(len(axes))} else None
+  keys = {f"{depth}_{i}" for i in range(len(axes))}
+  return depth if is_depth(depth) and set(axes) == keys else None
 
 
 def _unrolled_axes(axes: Any) -> set[str]:
@@ -249,7 +259,7 @@ def _select_layers(tree, axes, depth, subnet, groups, path):
 
 
 def _ids(size: Size, full: int, depth: str, where: str) -> tuple[int, ...]:
-  ids = tuple(range(size)) if isinstance(size, int) else size
+  ids = kept_ids(size)
   if ids and ids[-1] >= full:
     raise UserError(f"{where}: {depth}={size} is outside the axis, which has {full}")
   return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from nestnet.errors import UserError, one_of
-from nestnet.subnet import Size, Subnet, depth_of, is_depth
+from nestnet.subnet import Size, Subnet, depth_of, is_depth, kept_count, kept_ids, reach
 
 ENUMERABLE = 100_000
+CANDIDATES = 1_000_000
 
 
 class Space:
@@ -63,6 +65,11 @@ class Space:
     for axis in self._free:
       if is_depth(axis) or depth_of(axis) not in self.axes:
         raise UserError(f"space: per-layer axis {axis} needs choices for {depth_of(axis)}")
+    for names, axis in ((names, axis) for names in self._factors for axis in names):
+      if not is_depth(axis) and depth_of(axis) not in names and any(
+          isinstance(size, tuple) for size in self.choices(axis)):
+        raise UserError(f"space: {axis} lists sizes of layers, so it must be coupled with its "
+                        f"depth: couple={{'{depth_of(axis)} {axis}': ...}}")
     for axis, count in self.groups.items():
       if axis not in self.axes:
         raise one_of("axis with groups", axis, self.axes)
@@ -83,11 +90,17 @@ class Space:
 
   # Size and membership.
 
-  @property
+  @functools.cached_property
   def size(self) -> int:
-    """The exact number of members. `len` is the same, up to Python's limit of 2^63."""
-    if self.constraint:
-      return sum(1 for _ in self._members())
+    """The exact number of members. `len` is the same, up to Python's limit of 2^63.
+
+    Raises:
+      ValueError: A constraint stands on more than 1,000,000 candidates.
+    """
+    return sum(1 for _ in self._filtered()) if self.constraint else self._candidates
+
+  @property
+  def _candidates(self) -> int:
     return math.prod(sum(self._completions(names, row) for row in rows)
                      for names, rows in self._factors.items())
 
@@ -104,23 +117,24 @@ class Space:
       return False
     return True
 
-  @property
+  @functools.cached_property
   def smallest(self) -> Subnet:
     """The member of least volume."""
     return self._extreme(min)
 
-  @property
+  @functools.cached_property
   def largest(self) -> Subnet:
     """The member of most volume: the supernet, which contains all others."""
     return self._extreme(max)
 
   def _extreme(self, pick) -> Subnet:
-    if self.constraint:
-      return pick(self._members(), key=volume)
     sizes: dict[str, Size] = {}
     for names, rows in self._factors.items():
       sizes |= dict(zip(names, pick(rows, key=lambda row: volume(_partial(zip(names, row))))))
-    return self._subnet(sizes | {axis: pick(values) for axis, values in self._free.items()})
+    member = self._subnet(sizes | {axis: pick(values) for axis, values in self._free.items()})
+    if not self.constraint or self.constraint(member):
+      return member
+    return pick(self._filtered(), key=volume)
 
   # Iteration and sampling.
 
@@ -134,10 +148,10 @@ class Space:
     Raises:
       ValueError: The space has more than 100,000 members.
     """
-    members = list(itertools.islice(self._members(), ENUMERABLE + 1))
-    if len(members) > ENUMERABLE:
-      raise UserError(f"the space has more than {ENUMERABLE} members, too many to list; sample it")
-    return sorted(members, key=lambda s: (cost(s), str(s)))
+    if self.size > ENUMERABLE:
+      raise UserError(f"the space has {self.size} members, too many to list (at most {ENUMERABLE} "
+                      "are allowed); sample it")
+    return sorted(self._members(), key=lambda s: (cost(s), str(s)))
 
   def sample(self, key: Any, by: str = "choices",
              cost: Callable[[Subnet], float] | None = None) -> Subnet:
@@ -175,19 +189,27 @@ class Space:
         rng, [self._completions(names, row) for row in rows])
       sizes |= dict(zip(names, rows[index]))
     for axis, values in self._free.items():
-      count = _count(sizes[depth_of(axis)])
+      count = kept_count(sizes[depth_of(axis)])
       sizes[axis] = tuple(values[i] for i in rng.integers(len(values), size=count))
     return self._subnet(sizes)
 
   def _members(self) -> Iterator[Subnet]:
     for rows in itertools.product(*self._factors.values()):
       sizes = dict(itertools.chain(*(zip(n, row) for n, row in zip(self._factors, rows))))
-      lists = [itertools.product(values, repeat=_count(sizes[depth_of(axis)]))
-               for axis, values in self._free.items()]
-      for free in itertools.product(*lists):
-        member = self._subnet(sizes | dict(zip(self._free, free)))
+      counts = [kept_count(sizes[depth_of(axis)]) for axis in self._free]
+      # One flat product: a product of products would hold every list of an axis at once.
+      slots = [v for v, n in zip(self._free.values(), counts) for _ in range(n)]
+      for picks in map(iter, itertools.product(*slots)):
+        free = {a: tuple(itertools.islice(picks, n)) for a, n in zip(self._free, counts)}
+        member = self._subnet(sizes | free)
         if not self.constraint or self.constraint(member):
           yield member
+
+  def _filtered(self) -> Iterator[Subnet]:
+    if self._candidates > CANDIDATES:
+      raise UserError(f"the space has a constraint on {self._candidates} candidates, too many to "
+                      f"go through (at most {CANDIDATES} are allowed); sample it")
+    return self._members()
 
   def without_pool(self) -> Space:
     """The same space, sampled in full."""
@@ -211,7 +233,7 @@ class Space:
         raise self._outside(subnet, names, row, rows)
       genes.append(1 + rows.index(row))
     for axis, values in self._free.items():
-      ids = _ids(subnet.chosen[depth_of(axis)])
+      ids = kept_ids(subnet.chosen[depth_of(axis)])
       sizes = subnet.chosen[axis]
       sizes = sizes if isinstance(sizes, tuple) else (sizes,) * len(ids)
       slots = [0] * self._slots(axis)
@@ -239,7 +261,7 @@ class Space:
     for axis, values in self._free.items():
       slots = genes[start:start + self._slots(axis)]
       start += self._slots(axis)
-      kept = [slots[i] for i in _ids(sizes[depth_of(axis)])]
+      kept = [slots[i] for i in kept_ids(sizes[depth_of(axis)])]
       if not all(1 <= g <= len(values) for g in kept):
         raise UserError(f"genes of {axis}: got {kept}, allowed 1 to {len(values)}")
       sizes[axis] = tuple(values[g - 1] for g in kept)
@@ -260,12 +282,13 @@ class Space:
       >>> str(Space(layers=(2, 4), mlp=(8, 16)).subnet("layers=2"))
       'layers=2,mlp=16'
     """
-    given = (Subnet.parse(spec) if isinstance(spec, str) else Subnet(**getattr(spec, "chosen", spec)))
+    given = Subnet.parse(spec) if isinstance(spec, str) else Subnet(**getattr(spec, "chosen", spec))
     self._check_axes(given, whole=False)
     sizes: dict[str, Size] = {}
     for names, rows in self._factors.items():
       wanted = {axis: given.chosen[axis] for axis in names if axis in given.chosen}
-      fitting = [r for r in rows if all(self._fits(a, v, r[names.index(a)]) for a, v in wanted.items())]
+      fitting = [row for row in rows if all(
+        self._fits(axis, size, row[names.index(axis)]) for axis, size in wanted.items())]
       if not fitting:
         raise self._outside(given, names, tuple(wanted.get(a, "any") for a in names), rows)
       sizes |= dict(zip(names, max(fitting, key=lambda r: volume(_partial(zip(names, r))))))
@@ -283,8 +306,8 @@ class Space:
     if value == choice or not isinstance(value, tuple):
       return value == choice
     if is_depth(axis):
-      return len(value) == _count(choice) and value[-1] < self._full(axis)
-    return isinstance(choice, int) and choice == max(value) and set(value) <= set(self.choices(axis))
+      return len(value) == kept_count(choice) and value[-1] < self._full(axis)
+    return choice == max(value) and set(value) <= set(self.choices(axis))
 
   def _check_axes(self, subnet: Subnet, whole: bool = True):
     for axis in subnet:
@@ -327,11 +350,11 @@ class Space:
   def _completions(self, names, row) -> int:
     """Members that extend one row of a factor along the per-layer axes of its depths."""
     return math.prod(
-      len(values) ** _count(row[names.index(depth_of(axis))])
+      len(values) ** kept_count(row[names.index(depth_of(axis))])
       for axis, values in self._free.items() if depth_of(axis) in names)
 
   def _full(self, depth: str) -> int:
-    return max(_ids(c)[-1] + 1 for c in self.choices(depth))
+    return max(reach(depth, c) for c in self.choices(depth))
 
   def _slots(self, axis: str) -> int:
     return self._full(depth_of(axis))
@@ -380,7 +403,8 @@ def _column(axis: str, values: Any) -> tuple[Size, ...]:
 def _rows(names: str, values: Any) -> tuple[tuple[Size, ...], ...]:
   axes = names.split()
   if not values or any(len(row) != len(axes) for row in values):
-    raise UserError(f"space: coupled choices of {names!r} must be rows of {len(axes)} sizes, got {values}")
+    raise UserError(
+      f"space: coupled choices of {names!r} must be rows of {len(axes)} sizes, got {values}")
   rows = tuple(tuple(_partial(zip(axes, row)).chosen[a] for a in axes) for row in values)
   if len(set(rows)) != len(rows):
     raise UserError(f"space: coupled choices of {names!r} repeat a row")
@@ -403,14 +427,6 @@ def _weighted(rng: np.random.Generator, weights: Sequence[int]) -> int:
     if draw < 0:
       return index
   raise AssertionError("weights are positive")
-
-
-def _count(size: Size) -> int:
-  return size if isinstance(size, int) else len(size)
-
-
-def _ids(size: Size) -> tuple[int, ...]:
-  return tuple(range(size)) if isinstance(size, int) else size
 
 
 def _plain(size: Any) -> Any:

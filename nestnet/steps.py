@@ -23,7 +23,7 @@ from nestnet.execution import Supernet
 from nestnet.objectives.base import Objective, Targets
 from nestnet.sampling import FIXED_LIMIT, Sampler, Term
 from nestnet.sharding import replicated
-from nestnet.slicing import scatter
+from nestnet.slicing import scatter, take
 from nestnet.subnet import Subnet
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
@@ -116,6 +116,8 @@ class Step:
     self._program = functools.lru_cache(maxsize=None)(self._compile)
     self._update = jax.jit(self._updated, donate_argnums=(0, 1))
     self._whole = jax.jit(self._fixed_step, donate_argnums=0)
+    # Laid out as the update returns them, lest every program compile twice.
+    self._start = jax.jit(self._zeros, out_shardings=replicated(mesh))
     self._sums = None
 
   # State.
@@ -166,7 +168,7 @@ class Step:
     single = all(len(t.candidates) == 1 for t in terms)
     if sampler.fixed and single and len(terms) <= FIXED_LIMIT:
       return self._whole(state, batch)
-    sums = self._sums or self._zeros(state.trained)
+    sums = self._sums or self._start(state.trained)
     self._sums = None
     taught, metrics = self._teacher_outputs(terms, state, batch), {}
     for index, term in enumerate(terms):
@@ -267,11 +269,10 @@ class Step:
 
   def _touched(self, trained, subnet):
     """Which weights a sub-network uses, a tree of booleans."""
-    ones = jax.eval_shape(lambda t: self.supernet.cut({"params": t["model"]}, subnet)["params"], trained)
-    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), ones)
-    used = scatter(ones, self.axes["model"], subnet, trained["model"], self.supernet.space.groups)
-    return {"model": jax.tree.map(lambda x: x > 0, used),
-            "objective": jax.tree.map(lambda x: jnp.ones(x.shape, bool), trained["objective"])}
+    groups = self.supernet.space.groups
+    small = jax.eval_shape(lambda t: take(t, self.axes, subnet, groups), trained)
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), small)
+    return jax.tree.map(lambda x: x > 0, scatter(ones, self.axes, subnet, trained, groups))
 
   def _zeros(self, trained):
     sums = {"loss": jnp.zeros(()), "grads": jax.tree.map(jnp.zeros_like, trained)}
@@ -289,7 +290,7 @@ class Step:
     if self.recipe.teacher == "ema":
       teacher = optax.incremental_update(trained, teacher, 1 - self.recipe.ema)
     objective = self.recipe.objective.update(state.objective, trained, outputs, state.step)
-    metrics = {"loss": sums["loss"], "grad_norm": optax.global_norm(sums["grads"])}
+    metrics = {"loss": sums["loss"], "grad_norm": optax.tree.norm(sums["grads"])}
     state = state.replace(step=state.step + 1, trained=trained, opt_state=opt_state, teacher=teacher,
                           objective=objective)
     return state, self._zeros(trained), metrics
@@ -302,6 +303,6 @@ class Step:
       still = optax.tree_map_params(self.tx, jnp.zeros_like, state.opt_state)
       idle, _ = self.tx.update(idle, still, state.trained)
     updates = jax.tree.map(jnp.where, touched, updates, idle)
-    opt_state = optax.tree_map_params(
-      self.tx, lambda new, old, mask: jnp.where(mask, new, old), opt_state, state.opt_state, touched)
-    return updates, opt_state
+    kept = optax.tree_map_params(self.tx, lambda _, mask: mask, opt_state, touched,
+                                 transform_non_params=lambda _: True)
+    return updates, jax.tree.map(jnp.where, kept, opt_state, state.opt_state)

@@ -12,6 +12,7 @@ Size = int | tuple[int, ...]
 
 _AXIS = re.compile(r"[A-Za-z_]\w*")
 _DEPTH = re.compile(r"layers(_\d+)?")
+_VALUE = re.compile(r"\d+|\+\d+|\d+(\+\d+)+|\d+:|\d+(:\d+)+")
 
 
 def is_depth(axis: str) -> bool:
@@ -23,6 +24,21 @@ def depth_of(axis: str) -> str:
   """The depth axis whose layers a per-layer `axis` is listed over: `expand_2` -> `layers_2`."""
   stage = re.search(r"_\d+$", axis)
   return "layers" + (stage.group() if stage else "")
+
+
+def kept_ids(size: Size) -> tuple[int, ...]:
+  """The layer ids that a size along a depth axis stands for."""
+  return tuple(range(size)) if isinstance(size, int) else size
+
+
+def reach(axis: str, size: Size) -> int:
+  """How long an axis must be for `size` to be cut from it."""
+  return size if isinstance(size, int) else max(size) + is_depth(axis)
+
+
+def kept_count(size: Size) -> int:
+  """How many layers a size along a depth axis keeps."""
+  return size if isinstance(size, int) else len(size)
 
 
 class Subnet(Mapping[str, Size]):
@@ -55,16 +71,17 @@ class Subnet(Mapping[str, Size]):
       depth = chosen.get(depth_of(axis))
       if is_depth(axis) or isinstance(value, int) or depth is None:
         continue
-      if len(value) != _count(depth):
+      if len(value) != kept_count(depth):
         raise UserError(f"{axis}={_text(axis, value)} lists {len(value)} layers, but "
-                        f"{depth_of(axis)} keeps {_count(depth)}")
+                        f"{depth_of(axis)} keeps {kept_count(depth)}")
       if len(set(value)) == 1:
         chosen[axis] = value[0]
     object.__setattr__(self, "_chosen", MappingProxyType(chosen))
     object.__setattr__(self, "_key", frozenset(chosen.items()))
 
   def __setattr__(self, name, value):
-    raise AttributeError(f"a Subnet is frozen; make another: Subnet(**{{**subnet.chosen, {name!r}: ...}})")
+    raise AttributeError(
+      f"a Subnet is frozen; make another: Subnet(**{{**subnet.chosen, {name!r}: ...}})")
 
   @classmethod
   def parse(cls, text: str) -> Subnet:
@@ -76,7 +93,7 @@ class Subnet(Mapping[str, Size]):
     sizes: dict[str, Size] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
       axis, _, value = (part.strip() for part in item.partition("="))
-      if not re.fullmatch(r"\d+|[\d+]*\+[\d+]*|[\d:]*:[\d:]*", value) or not re.search(r"\d", value):
+      if not _VALUE.fullmatch(value):
         raise UserError(
           f"sub-network {text!r}: {item!r} is not axis=size; allowed are a size (layers=4), layer "
           "ids (layers=0+2+4) and one size a layer (mlp=96:192:96)")
@@ -124,8 +141,8 @@ class Subnet(Mapping[str, Size]):
     rebased, kept = {}, {}
     for axis in {**outer.chosen, **self._chosen}:
       if is_depth(axis):
-        ids = _ids(self._chosen[axis]) if axis in self._chosen else None
-        outer_ids = _ids(outer.chosen[axis]) if axis in outer.chosen else None
+        ids = kept_ids(self._chosen[axis]) if axis in self._chosen else None
+        outer_ids = kept_ids(outer.chosen[axis]) if axis in outer.chosen else None
         if ids is None or (outer_ids is not None and not set(ids) <= set(outer_ids)):
           refuse(axis)
         kept[axis] = ids if outer_ids is None else tuple(outer_ids.index(i) for i in ids)
@@ -138,6 +155,8 @@ class Subnet(Mapping[str, Size]):
       size, limit = self._chosen[axis], outer.chosen.get(axis)
       positions = kept.get(depth_of(axis))
       if isinstance(limit, tuple) and positions is not None:
+        if positions[-1] >= len(limit):
+          refuse(axis)
         limit = tuple(limit[i] for i in positions)
       if limit is not None:
         sizes, limits = _broadcast(size, limit)
@@ -148,7 +167,7 @@ class Subnet(Mapping[str, Size]):
 
   def __getitem__(self, axis: str) -> Size:
     value = self._chosen[axis]
-    return _count(value) if is_depth(axis) else value
+    return kept_count(value) if is_depth(axis) else value
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._chosen)
@@ -180,14 +199,6 @@ def _restore(chosen: dict[str, Size]) -> Subnet:
   return Subnet(**chosen)
 
 
-def _count(value: Size) -> int:
-  return value if isinstance(value, int) else len(value)
-
-
-def _ids(value: Size) -> tuple[int, ...]:
-  return tuple(range(value)) if isinstance(value, int) else value
-
-
 def _broadcast(a: Size, b: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
   length = max(len(v) if isinstance(v, tuple) else 1 for v in (a, b))
   return tuple(v if isinstance(v, tuple) else (v,) * length for v in (a, b))
@@ -200,7 +211,8 @@ def _size(axis: str, value: int | Sequence[int]) -> Size:
   whole = all(hasattr(n, "__index__") and not isinstance(n, bool) for n in numbers)
   least = 0 if is_depth(axis) and numbers is value else 1
   if not whole or not numbers or any(n < least for n in numbers):
-    raise UserError(f"{axis}={value!r}: a whole number of at least {least} is allowed, or a list of them")
+    raise UserError(
+      f"{axis}={value!r}: a whole number of at least {least} is allowed, or a list of them")
   numbers = tuple(int(n) for n in numbers)
   if not isinstance(value, (tuple, list)):
     return numbers[0]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from nestnet.checkpoint import Checkpoints
-from nestnet.errors import UserError
+from nestnet.errors import Failure, UserError
 from nestnet.logs import Logs, Progress
 from nestnet.sharding import put_batch
 from nestnet.steps import Step, TrainState
@@ -22,7 +22,7 @@ from nestnet.steps import Step, TrainState
 Transition = Callable[[TrainState], TrainState]
 
 
-class NonFinite(RuntimeError):
+class NonFinite(Failure):
   """The loss or the gradient is no number any more; the last good checkpoint is kept."""
 
 

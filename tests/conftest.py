@@ -11,8 +11,8 @@ CACHE = pathlib.Path(os.environ.get("NESTNET_TEST_CACHE", "~/.cache/nestnet/comp
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_compilation_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_compilation_cache_min_entry_size_bytes", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,14 +13,14 @@ from nestnet import errors
 from nestnet.data import pipeline
 from nestnet.data import sources
 
-SHIFT_PIXELS = 1.0
-ROTATION_DEGREES = 12.0
+SHIFT_PIXELS = 0.5
+ROTATION_DEGREES = 8.0
 SCALE_RANGE = (0.9, 1.1)
 CROP_PADDING = 4
 
 
 def digits(images: np.ndarray, draws: pipeline.Draws) -> np.ndarray:
-  """Shifts by up to a pixel, rotates by up to 12 degrees, scales by up to a tenth; never flips.
+  """Shifts by up to half a pixel, rotates by up to 8 degrees, scales by up to a tenth; never flips.
 
   One bilinear resampling does all three.
 

@@ -158,7 +158,22 @@ class Digits(_Builder):
 class DigitsClutter(_Builder):
   """A scanned digit on a canvas of 12x12 pixels, among fragments of other digits, under noise.
 
-  CALIBRATION
+  Eight fragments (`FRAGMENTS`) of 5x5 pixels (`FRAGMENT`), cut at random from random scans, lie
+  anywhere on the canvas. The digit, 8x8, covers them, at most 1 pixel (`JITTER`) from the middle
+  each way. Normal noise of standard deviation 1 (`NOISE`, of 16) is added to all. Train 10,000
+  canvases, validation 2,000, test 2,000, from 1,257, 180 and 360 scans: a canvas uses no scan of
+  another split. `sources` holds the number of the digit's scan, then those of the fragments.
+
+  Hard enough to tell sizes apart. Test accuracy, in percent; 3 seeds, mean and range:
+
+    ViT, 202,378 parameters (layers 4, embed 64, heads 4, mlp 256)   94.9   (94.7 to 95.0)
+    ViT, 5,066 parameters (layers 2, embed 16, heads 1, mlp 32)      66.0   (63.1 to 69.9)
+    nearest neighbours on pixels (best of 1, 3, 5, 10: 10)           82.6
+
+  Each ViT was trained alone on 2 CPU cores for 1,000 steps of 128 canvases, without augmentation:
+  patches of 3x3, mean pooling, positions of std 0.3, AdamW, peak rate 2e-3, weight decay 0.05, 10%
+  warm-up, then cosine, gradients clipped at norm 1. The neighbours' bank is the training canvases.
+  With augmentation `digits` the same budget is too short (91.3 and 51.2, validation, one seed).
   """
 
   SHAPE = (CANVAS, CANVAS, 1)

@@ -171,7 +171,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
   """
   if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
     return _own(name)
-  return _prepared(name, os.path.expanduser(data_dir) if data_dir else None)
+  # TFDS reads the variable once, when it is imported.
+  data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  return _prepared(name, pathlib.Path(data_dir).expanduser())
 
 
 def by_path(path: str, what: str) -> Any:
@@ -235,11 +237,10 @@ def _own(name: str) -> Dataset:
   return _dataset(name, made.classes, splits)
 
 
-def _prepared(name: str, data_dir: str | None) -> Dataset:
+def _prepared(name: str, root: pathlib.Path) -> Dataset:
   """Opens what TensorFlow Datasets wrote."""
-  root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR)
   with _whole(name, root / name):
-    builder = digits.prepare(OWN[name], data_dir) if name in OWN else _builder(name, data_dir)
+    builder = digits.prepare(OWN[name], root) if name in OWN else _builder(name, root)
   features = builder.info.features
   if not {"image", "label"} <= set(features or ()):
     raise errors.UserError(
@@ -257,7 +258,7 @@ def _prepared(name: str, data_dir: str | None) -> Dataset:
     there = "which is not there"
     if builder.data_path.exists():
       there = f"which holds no array_record ({error}): delete it"
-    raise FileNotFoundError(
+    raise errors.MissingFileError(
         f"data set {name!r}: looked in {builder.data_path}, {there}. {_how_to_prepare(name, root)}"
     ) from error
   if "test" not in labelled and "validation" in labelled:
@@ -270,15 +271,15 @@ def _how_to_prepare(name: str, root: pathlib.Path) -> str:
   if name in OWN:
     return f"Loading {name!r} again prepares it"
   return (
-      "Prepare it once (downloads it, and may need `pip install tensorflow`):\n"
+      "Prepare it once (downloads it; this command alone needs `pip install tensorflow`):\n"
       f"  tfds build {name} --file_format=array_record --data_dir={root}")
 
 
-def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+def _builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
   try:
-    return tfds.builder(name, data_dir=data_dir)
+    return tfds.builder(name, data_dir=root)
   except tfds.core.DatasetNotFoundError as error:
-    known = [*OWN, *tfds.list_builders(with_community_datasets=False)]
+    known = {*OWN, *tfds.list_builders(with_community_datasets=False)}
     close = difflib.get_close_matches(name.partition("/")[0], known, n=3)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     raise errors.UserError(

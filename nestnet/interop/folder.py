@@ -19,7 +19,7 @@ import safetensors.flax
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nestnet.errors import UserError, one_of
+from nestnet.errors import MissingFileError, UserError, one_of
 from nestnet.models import ARCHITECTURES, architecture
 
 FORMAT = "nestnet"
@@ -42,7 +42,8 @@ def save(folder: str | os.PathLike[str], module: nn.Module, variables: Mapping[s
   """
   folder = pathlib.Path(folder)
   if folder.exists() and not (folder.is_dir() and (_is_ours(folder) or not any(folder.iterdir()))):
-    raise UserError(f"{folder} exists and is no extracted network; name another folder or remove it")
+    raise UserError(
+      f"{folder} exists and is no extracted network; name another folder or remove it")
   folder.parent.mkdir(parents=True, exist_ok=True)
   written = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
   written.mkdir()
@@ -73,21 +74,21 @@ def load(folder: str | os.PathLike[str], module: type[nn.Module] | None = None
       that the folder gives.
 
   Raises:
-    ValueError: The folder is damaged, or its weights are not those of its architecture.
+    ValueError: The folder is damaged, or its fields are not those of its architecture.
     FileNotFoundError: There is no extracted network.
   """
   folder = pathlib.Path(folder)
   if not (folder / "config.json").is_file():
-    raise FileNotFoundError(f"no extracted network in {folder}: config.json is missing")
+    raise MissingFileError(f"no extracted network in {folder}: config.json is missing")
   try:
     config = json.loads((folder / "config.json").read_text())
     flat = safetensors.flax.load_file(folder / "model.safetensors")
-    name, fields = config["architecture"], config["fields"]
-  except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    name, fields = str(config["architecture"]), dict(config["fields"])
+  except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
     raise UserError(f"{folder} is damaged: {error}") from error
   if module is None and name not in ARCHITECTURES:
-    raise UserError(f"{folder} holds a {name}, which is not nestnet's own ({', '.join(ARCHITECTURES)}); "
-                    "pass its class: load(folder, MyModule)")
+    raise UserError(f"{folder} holds a {name}, which is not nestnet's own "
+                    f"({', '.join(ARCHITECTURES)}); pass its class: load(folder, MyModule)")
   if module is not None and _name(module) != name:
     raise UserError(f"{folder} holds a {name}, got the class {_name(module)}")
   made = make_module(module or architecture(name), fields)
@@ -100,7 +101,7 @@ def make_module(module: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module
   Raises:
     ValueError: A field that the module lacks, or one that it needs and did not get.
   """
-  known = {f.name: f for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")}
+  known = _known(module)
   for name in fields:
     if name not in known:
       raise one_of(f"field of {module.__name__}", name, known)
@@ -116,13 +117,18 @@ def _value(name: str, value: Any) -> Any:
     try:
       return jnp.dtype(value)
     except TypeError as error:
-      raise UserError(f"{name}: {value!r} is no data type; allowed are float32, bfloat16, ...") from error
+      raise UserError(
+        f"{name}: {value!r} is no data type; allowed are float32, bfloat16, ...") from error
   return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
+def _known(module: nn.Module | type[nn.Module]) -> dict[str, dataclasses.Field]:
+  return {f.name: f for f in dataclasses.fields(module)
+          if f.init and f.name not in ("parent", "name")}
+
+
 def _fields(module: nn.Module) -> dict[str, Any]:
-  values = {f.name: getattr(module, f.name) for f in dataclasses.fields(module)
-            if f.init and f.name not in ("parent", "name")}
+  values = {name: getattr(module, name) for name in _known(module)}
   return {n: str(jnp.dtype(v)) if n.endswith("dtype") else v for n, v in values.items()}
 
 

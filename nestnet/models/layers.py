@@ -39,10 +39,12 @@ class Linear(nn.Module):
       1.0, "fan_in", "truncated_normal", in_axis=range(n), out_axis=range(n, n + len(self.outputs)))
     kernel = self.param("kernel", axes(init, self.names), inputs + self.outputs, self.param_dtype)
     fan_in, fan_out = math.prod(inputs), math.prod(self.outputs)
-    y = x.reshape(-1, fan_in).astype(self.dtype) @ kernel.reshape(fan_in, fan_out).astype(self.dtype)
+    kernel = kernel.reshape(fan_in, fan_out).astype(self.dtype)
+    y = x.reshape(-1, fan_in).astype(self.dtype) @ kernel
     if self.use_bias:
       produced = "-> " + " ".join(named.names[n:])
-      bias = self.param("bias", axes(nn.initializers.zeros, produced), self.outputs, self.param_dtype)
+      bias = self.param(
+        "bias", axes(nn.initializers.zeros, produced), self.outputs, self.param_dtype)
       y += bias.reshape(1, fan_out).astype(self.dtype)
     return y.reshape(x.shape[:-n] + self.outputs)
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nestnet.axes import axes
+from nestnet.axes import STACK, axes
 from nestnet.errors import UserError
 from nestnet.subnet import Size
 
@@ -75,7 +75,8 @@ def _scanned(block, x, layers, sizes, name, depth, constants, remat, taps, unrol
   scan = nn.scan(
     body, length=layers, unroll=min(unroll, layers), in_axes=0,
     variable_axes={"params": 0, "constants": 0},
-    split_rngs={"params": True, "dropout": True}, metadata_params={nn.PARTITION_NAME: depth})
+    split_rngs={"params": True, "dropout": True},
+    metadata_params={nn.PARTITION_NAME: depth, STACK: name})
   return scan(block(name=name, **sizes), x, constants)
 
 

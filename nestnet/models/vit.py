@@ -73,7 +73,8 @@ class ViT(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False) -> dict[str, Any]:
+  def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False
+               ) -> dict[str, Any]:
     """Applies the network.
 
     Args:
@@ -83,7 +84,8 @@ class ViT(nn.Module):
 
     Returns:
       `logits` `[batch, classes]`, `features` `[batch, features]`, `tokens`
-      `[batch, tokens, embed]`, and with `taps` the blocks' outputs `[layers, batch, tokens, embed]`.
+      `[batch, tokens, embed]`, and with `taps` the blocks' outputs
+      `[layers, batch, tokens, embed]`.
 
     Raises:
       ValueError: The image does not divide into patches.
@@ -94,7 +96,8 @@ class ViT(nn.Module):
     if self.pool == "token":
       cls = self.param("token", axes(nn.initializers.zeros, "1 -> embed"), (1, self.embed),
                        self.param_dtype)
-      x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.embed)), x], axis=1)
+      cls = jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.embed))
+      x = jnp.concatenate([cls, x], axis=1)
     positions = self.param(
       "positions", axes(nn.initializers.normal(self.position_std), "-> tokens embed"),
       x.shape[1:], self.param_dtype)
@@ -142,7 +145,8 @@ class Block(nn.Module):
     branch = functools.partial(self._branch, rate=rate, train=train)
 
     y = layer_norm("attention_norm", **dtypes)(x)
-    qkv = Linear("embed -> 3 heads head_dim", (3, self.heads, self.head_dim), name="qkv", **dtypes)(y)
+    qkv = Linear(
+      "embed -> 3 heads head_dim", (3, self.heads, self.head_dim), name="qkv", **dtypes)(y)
     y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
     x += branch(Linear("heads head_dim -> embed", (embed,), name="out", **dtypes)(y))
 

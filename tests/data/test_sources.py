@@ -109,7 +109,7 @@ def test_an_import_that_fails_inside_is_shown_whole(own):
 
 
 @pytest.mark.parametrize("name, hint", [
-    ("digit", "did you mean 'digits'"),
+    ("digit", "did you mean 'digits'\\? Allowed"),
     ("cifra10", "did you mean 'cifar10'"),
     ("qqqq", "Allowed: digits, "),
 ])
@@ -124,6 +124,13 @@ def test_set_that_is_not_prepared(tmp_path):
   assert f"looked in {tmp_path}/cifar10/3.0.2, which is not there" in str(error.value)
   assert f"tfds build cifar10 --file_format=array_record --data_dir={tmp_path}" in str(error.value)
   assert os.listdir(tmp_path) == []
+
+
+def test_default_folder_is_the_variable_s(tmp_path, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "here"))
+  assert data.load("digits").split("test").folder == tmp_path / "here" / "digits" / "1.0.0"
+  with pytest.raises(FileNotFoundError, match=f"looked in {tmp_path}/here/cifar10"):
+    data.load("cifar10")
 
 
 def test_tfds_set_must_have_images(tmp_path):

@@ -1,0 +1,457 @@
+"""Recipes side by side: who trains, for how long, and the page that says what came.
+
+Every run has a folder of its own, `runs/<recipe>/<steps>_steps/<its network>/seed<k>`, so that the
+same call does only what is missing.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import connection
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+
+from nestnet import charts, cli, report, runs
+from nestnet.bench import hardware
+from nestnet.errors import UserError, one_of
+from nestnet.files import atomic_write
+from nestnet.sampling import FIXED_LIMIT
+from nestnet.subnet import Subnet
+from nestnet.training import NonFinite
+
+BUDGETS = ("equal steps", "equal FLOPs")
+BASELINE = "separate"
+_SHARED = ("model", "space", "data", "train.steps", "train.batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One run of a comparison.
+
+  Attributes:
+    recipe: Name of its recipe.
+    budgets: Under which budgets it counts; one run serves both where they name equal steps.
+    seed: Its seed.
+    family: All sizes that its family compares, as text.
+    sizes: Those of them that this run is evaluated on.
+    config: Of the run, plain.
+    workdir: Of the run.
+    train_flops: What its training takes.
+  """
+
+  recipe: str
+  budgets: tuple[str, ...]
+  seed: int
+  family: tuple[str, ...]
+  sizes: tuple[str, ...]
+  config: dict[str, Any]
+  workdir: pathlib.Path
+  train_flops: float
+
+  @property
+  def done(self) -> bool:
+    return (self.workdir / "done").exists()
+
+  @property
+  def steps(self) -> int:
+    return self.config["train"]["steps"]
+
+
+def compare(configs: Sequence[Mapping[str, Any]], seeds: int, out: str | os.PathLike[str],
+            budgets: Sequence[str] = BUDGETS, docs: str | os.PathLike[str] | None = None,
+            jobs: int = 1, command: str = "") -> str | None:
+  """Trains what is missing, then writes `results.json`, a page and its charts.
+
+  Args:
+    configs: One for each recipe. That of the recipe `separate` stands for one run for each size.
+      Configs that compare the same sizes are a family, with tables and a chart of its own.
+    seeds: Runs of each kind, at seeds `config.seed`, `config.seed + 1`, ...
+    out: Gets `runs/`, `results.json` and the page.
+    budgets: `"equal steps"`: each run makes `train.steps`. `"equal FLOPs"`: a nested run makes as
+      many steps as take the training FLOPs of all separate runs together.
+    docs: The page, `.md`; charts stand beside it. By default in `out`, named like that.
+    jobs: Processes that train at a time, each on its share of the cores.
+    command: What the page names as its command.
+
+  Returns:
+    The tables as Markdown; None after SIGTERM, when the same call goes on.
+
+  Raises:
+    ValueError: The configs are wrong or do not go together, folders hold other runs, or runs
+      failed; what is done stays.
+  """
+  out = pathlib.Path(out)
+  page = pathlib.Path(docs) if docs else out / f"{out.resolve().name}.md"
+  if page.suffix != ".md":
+    raise UserError(f"page {page}: allowed is a name that ends in .md")
+  tasks = plan(configs, seeds, out, budgets)
+  _settled(tasks)
+  if not train_all(tasks, jobs):
+    return None
+  results = gather(tasks, budgets)
+  atomic_write(out / "results.json", json.dumps({
+    "command": command, "hardware": hardware(), "jobs": jobs, "results": results}, indent=1) + "\n")
+  return write_page(page, results, tasks, jobs, command)
+
+
+def override(config: ml_collections.ConfigDict, text: str) -> None:
+  """Sets one value of a config from `key=value`, as `--config.key=value` does.
+
+  Raises:
+    ValueError: An unknown key, or a value of another type.
+
+  Example:
+    >>> config = ml_collections.ConfigDict({"train": {"steps": 600}})
+    >>> override(config, "train.steps=400")
+    >>> config.train.steps
+    400
+  """
+  key, equals, value = text.partition("=")
+  if not equals:
+    raise UserError(f"override {text!r}; allowed: key=value, such as train.steps=400")
+  cli.check_override(config, key, value)
+  *groups, name = key.split(".")
+  for group in groups:
+    config = config[group]
+  kind = config.get_type(name)
+  if kind is bool:
+    value = flags.BooleanParser().parse(value)
+  elif kind in (int, float):
+    value = kind(value)
+  elif kind is not str:
+    value = ast.literal_eval(value)
+  config[name] = value
+
+
+# Which runs.
+
+
+def plan(configs: Sequence[Mapping[str, Any]], seeds: int, out: str | os.PathLike[str],
+         budgets: Sequence[str] = BUDGETS) -> list[Task]:
+  """The runs of a comparison, whether done or not, seed by seed.
+
+  Raises:
+    ValueError: An unknown budget, no seeds, configs that do not go together.
+  """
+  for budget in budgets:
+    if budget not in BUDGETS:
+      raise one_of("budget", budget, BUDGETS)
+  if seeds < 1 or not budgets or not configs:
+    raise UserError(f"a comparison needs configs, budgets and seeds; got {len(configs)} configs, "
+                    f"{len(budgets)} budgets, seeds={seeds}")
+  tasks = []
+  for family, group in _families(configs).items():
+    tasks += _plan_family(family, group, seeds, pathlib.Path(out) / "runs", budgets)
+  return sorted(tasks, key=lambda task: task.seed)
+
+
+def _families(configs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+  """Configs by the sizes that they compare."""
+  families: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+  for config in map(runs.plain, configs):
+    whole = config
+    if config["recipe"]["name"] == BASELINE:
+      whole = config | {"recipe": config["recipe"] | {"name": "truncate", "subnet": ""}}
+    space = runs.build(whole).supernet.space
+    if not space.pool and space.size > FIXED_LIMIT:
+      raise UserError(f"the space of {config['recipe']['name']} has {space.size} members and no pool; "
+                      f"name the sizes to compare in space.pool (at most {FIXED_LIMIT} without one)")
+    group = families.setdefault(tuple(map(str, space.pool or space)), [])
+    for other in group:
+      _check_pair(other, config)
+    group.append(config)
+  return families
+
+
+def _check_pair(one: dict[str, Any], other: dict[str, Any]) -> None:
+  """Two recipes differ in how they train, not in what."""
+  names = [config["recipe"]["name"] for config in (one, other)]
+  if names[0] == names[1]:
+    raise UserError(f"two configs have recipe.name={names[0]!r}; each recipe is compared once")
+  for key in _SHARED:
+    values = []
+    for config in (one, other):
+      for part in key.split("."):
+        config = config[part]
+      values.append(config)
+    if values[0] != values[1]:
+      raise UserError(f"{names[0]} and {names[1]} differ in config.{key}: {values[0]} and {values[1]}; "
+                      "allowed are equal ones")
+
+
+def _plan_family(family: tuple[str, ...], group: list[dict[str, Any]], seeds: int, root: pathlib.Path,
+                 budgets: Sequence[str]) -> Iterator[Task]:
+  alone = [c for c in group if c["recipe"]["name"] == BASELINE]
+  if "equal FLOPs" in budgets and not alone:
+    raise UserError(f"equal FLOPs are those of the recipe {BASELINE!r}, which no config with the sizes "
+                    f"{'; '.join(family)} has; name one, or give --budgets='equal steps'")
+  spent: collections.Counter[int] = collections.Counter()
+  for config in alone:
+    for size in family:
+      own = config | {"recipe": config["recipe"] | {"subnet": size}}
+      for k, (seed, flops) in enumerate(_flops_by_step(own, seeds)):
+        total = sum(map(flops, range(own["train"]["steps"])))
+        spent[k] += total
+        yield _task(own, seed, root, family, (size,), size, tuple(budgets), total)
+  for config in group:
+    if config in alone:
+      continue
+    for k, (seed, flops) in enumerate(_flops_by_step(config, seeds)):
+      by_steps: dict[int, list[str]] = {}
+      for budget in budgets:
+        steps = config["train"]["steps"] if budget == "equal steps" else _steps_for(flops, spent[k])
+        by_steps.setdefault(steps, []).append(budget)
+      for steps, names in by_steps.items():
+        own = config | {"train": config["train"] | {"steps": steps}}
+        total = sum(map(flops, range(steps)))
+        yield _task(own, seed, root, family, family, "+".join(_axes(family)), tuple(names), total)
+
+
+def _axes(family: tuple[str, ...]) -> list[str]:
+  return list(Subnet.parse(family[0]))
+
+
+def _task(config: dict[str, Any], seed: int, root: pathlib.Path, family: tuple[str, ...],
+          sizes: tuple[str, ...], network: str, budgets: tuple[str, ...], flops: float) -> Task:
+  recipe, steps = config["recipe"]["name"], config["train"]["steps"]
+  return Task(recipe, budgets, seed, family, sizes, config | {"seed": seed},
+              root / recipe / f"{steps}_steps" / network / f"seed{seed}", flops)
+
+
+def _flops_by_step(config: dict[str, Any], seeds: int) -> Iterator[tuple[int, Callable[[int], float]]]:
+  """For each seed, the function from a step's number to its FLOPs, whole batch."""
+  first, flops = config.get("seed", 0), None
+  for seed in range(first, first + seeds):
+    # Where nothing is random, all seeds cost the same.
+    if flops is None or not run.step.recipe.sampler.fixed:
+      run = runs.build(config | {"seed": seed})
+      if len(run.phases) > 1:
+        raise UserError("compare trains configs of one phase; got config.phases with "
+                        f"{len(run.phases)}")
+      flops = runs.step_flops(run.step)
+    yield seed, lambda step, flops=flops: config["train"]["batch_size"] * flops(step)
+
+
+def _steps_for(flops: Callable[[int], float], budget: float) -> int:
+  """The number of steps, at least one, whose FLOPs come closest to a budget."""
+  total, steps = flops(0), 1
+  while total < budget:
+    extra = flops(steps)
+    if total + extra - budget > budget - total:
+      break
+    total, steps = total + extra, steps + 1
+  return steps
+
+
+def _settled(tasks: Sequence[Task]) -> None:
+  """Says what is wrong with any folder before the first run starts."""
+  for task in tasks:
+    if task.workdir.exists():
+      # Only the config is compared; building every run would take longer than many of them.
+      runs.settle(runs.Run(task.config, None, ()), task.workdir)
+
+
+# Training.
+
+
+def run_task(task: Task) -> bool:
+  """Trains and evaluates one run; False after SIGTERM."""
+  began = time.monotonic()
+  run, state = runs.trained(task.config, task.workdir, show_progress=False)
+  if state is None:
+    return False
+  space = run.supernet.space
+  members = [space.largest] if task.recipe == BASELINE else list(map(space.subnet, task.sizes))
+  rows = runs.evaluate(run, state, members)
+  seconds = time.monotonic() - began
+  report.write_rows(task.workdir / "subnets.json", [
+    row | {"subnet": size, "seconds": round(seconds, 1)} for size, row in zip(task.sizes, rows)])
+  atomic_write(task.workdir / "done", "")
+  return True
+
+
+def train_all(tasks: Sequence[Task], jobs: int = 1) -> bool:
+  """Does the runs that are not done; one that fails lets the others go on.
+
+  Returns:
+    Whether all are done; False after SIGTERM.
+
+  Raises:
+    ValueError: Runs failed, each with its message; or `jobs` is out of range.
+  """
+  if not 1 <= jobs <= len(_cores()):
+    raise UserError(f"jobs: got {jobs}, allowed is 1 to the number of cores here, {len(_cores())}")
+  todo = [task for task in tasks if not task.done]
+  began, failures = time.monotonic(), []
+  for count, (task, error) in enumerate((_spread if jobs > 1 else _in_turn)(todo, jobs), 1):
+    if error == _STOPPED:
+      return False
+    if error:
+      failures.append(f"  {task.workdir}: {error}")
+    spent, left = (sum(t.train_flops for t in some) for some in (todo[:count], todo[count:]))
+    seconds = (time.monotonic() - began) * left / spent
+    print(f"run {len(tasks) - len(todo) + count}/{len(tasks)}  {task.recipe}  {task.steps} steps  seed "
+          f"{task.seed}  {task.workdir.parent.name}  {'failed' if error else 'done'}; about "
+          f"{seconds / 60:.1f} min left", file=sys.stderr, flush=True)
+  if failures:
+    raise UserError("\n".join([f"{len(failures)} of {len(tasks)} runs failed; the others are kept:",
+                               *failures]))
+  return True
+
+
+_STOPPED = "stopped by SIGTERM"
+
+
+def _outcome(task: Task) -> str:
+  """Does a run; what hinders it, or nothing."""
+  try:
+    return "" if run_task(task) else _STOPPED
+  except (UserError, NonFinite) as error:
+    return str(error)
+
+
+def _in_turn(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, str]]:
+  return ((task, _outcome(task)) for task in tasks)
+
+
+def _spread(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, str]]:
+  """Deals runs to processes, each as soon as it is free."""
+  context, todo, busy = multiprocessing.get_context("spawn"), collections.deque(tasks), {}
+
+  def deal(pipe):
+    if todo:
+      busy[pipe] = todo.popleft()
+      pipe.send(busy[pipe])
+
+  for share in range(jobs):
+    pipe, end = context.Pipe()
+    # A daemon gets SIGTERM when this process ends: it saves its run and leaves.
+    context.Process(target=_serve, daemon=True, args=(
+      end, _cores()[share::jobs], jax.config.jax_compilation_cache_dir)).start()
+    end.close()
+    deal(pipe)
+  while busy:
+    for pipe in connection.wait(list(busy)):
+      task = busy.pop(pipe)
+      try:
+        error = pipe.recv()
+      except EOFError:
+        raise UserError(f"the process of {task.workdir} ended; its message stands above. The same "
+                        "command goes on") from None
+      deal(pipe)
+      yield task, error
+
+
+def _serve(pipe: connection.Connection, cores: Sequence[int], programs: str | None) -> None:
+  """A worker: does the runs that come through the pipe, on some cores only."""
+  # The number of threads is read from this when JAX starts.
+  if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, cores)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  # A run without its parent would meet the same run of the next command.
+  threading.Thread(target=_leave_with_parent, daemon=True).start()
+  if programs:
+    keep_programs(programs)
+  while True:
+    try:
+      task = pipe.recv()
+    except EOFError:
+      return
+    pipe.send(_outcome(task))
+
+
+def _leave_with_parent() -> None:
+  connection.wait([multiprocessing.parent_process().sentinel])
+  os._exit(1)
+
+
+def _cores() -> list[int]:
+  return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(
+    range(os.cpu_count() or 1))
+
+
+def keep_programs(folder: str | os.PathLike[str]) -> None:
+  """Keeps compiled programs in a folder, so that runs that share them compile them once."""
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+# What came.
+
+
+def gather(tasks: Sequence[Task], budgets: Sequence[str] = BUDGETS) -> list[dict[str, Any]]:
+  """One record for each family, budget, recipe and size, with a list entry for each seed."""
+  rows = {task.workdir: {row["subnet"]: row for row in report.read_rows(task.workdir / "subnets.json")}
+          for task in tasks}
+  records = []
+  for family in dict.fromkeys(task.family for task in tasks):
+    for budget in budgets:
+      mine = [task for task in tasks if task.family == family and budget in task.budgets]
+      for recipe in dict.fromkeys(task.recipe for task in mine):
+        for size in family:
+          cells = {t.seed: rows[t.workdir][size] for t in mine if t.recipe == recipe and size in t.sizes}
+          records.append({
+            "family": list(family), "budget": budget, "recipe": recipe, "subnet": size,
+            **{key: cells[min(cells)][key] for key in ("params", "flops")}, "seeds": sorted(cells),
+            **{key: [cells[seed][key] for seed in sorted(cells)] for key in (
+              "accuracy", "validation_accuracy", "steps", "train_flops", "seconds")}})
+  return records
+
+
+def result(record: Mapping[str, Any]) -> report.Result:
+  """A record as tables and charts take it; steps and FLOPs are means over seeds."""
+  mean = lambda values: sum(values) / len(values)
+  return report.Result(
+    recipe=record["recipe"], budget=record["budget"], subnet=record["subnet"], params=record["params"],
+    flops=record["flops"], accuracies=tuple(record["accuracy"]),
+    train_flops=mean(record["train_flops"]), steps=round(mean(record["steps"])))
+
+
+def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: Sequence[Task],
+               jobs: int, command: str) -> str:
+  """Writes the page and one chart for each family; returns the tables."""
+  config, recipe_names = tasks[0].config, list(dict.fromkeys(t.recipe for t in tasks))
+  seeds = sorted({task.seed for task in tasks})
+  text, tables = [f"# Recipes on {config['data']['name']}: {', '.join(recipe_names)}", ""], []
+  if command:
+    text += ["```", command, "```", ""]
+  text += [f"- {len(tasks)} runs: {len(recipe_names)} recipes, seeds {', '.join(map(str, seeds))}, "
+           f"batch {config['train']['batch_size']}; {config['model']['name']}, "
+           f"{config['optim']['name']}",
+           f"- {hardware()}",
+           f"- {_minutes(tasks)} of training and evaluation, added over the runs; {jobs} at a time",
+           "- Steps and training FLOPs of recipes that draw at random are means over seeds."]
+  for number, family in enumerate(dict.fromkeys(task.family for task in tasks)):
+    results = [result(record) for record in records if tuple(record["family"]) == family]
+    axes = ", ".join(_axes(family))
+    chart = page.with_name(page.stem + ("_" + "_".join(_axes(family)) if number else "") + ".png")
+    shared = f"{len(seeds)} seeds, batch {config['train']['batch_size']}, mean and 95% interval"
+    charts.compare_chart(chart, results, f"{config['data']['name']}: sizes along {axes}", shared)
+    part = [report.compare_table(results)]
+    if BASELINE in {r.recipe for r in results} and len({r.recipe for r in results}) > 1:
+      part.append(report.difference_table(results, BASELINE))
+    text += ["", f"## Sizes along {axes}", "", f"![Accuracy against size]({chart.name})", "", *(
+      "\n\n".join(part).split("\n"))]
+    tables += [f"## Sizes along {axes}", *part]
+  atomic_write(page, "\n".join(text) + "\n")
+  return "\n\n".join(tables)
+
+
+def _minutes(tasks: Sequence[Task]) -> str:
+  seconds = sum(report.read_rows(task.workdir / "subnets.json")[0]["seconds"] for task in tasks)
+  return f"{seconds / 60:.1f} minutes"

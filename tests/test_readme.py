@@ -1,0 +1,70 @@
+"""README's code does what README says."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language="python"):
+  """Fenced blocks with the comment that stands above them: `[(comment, code)]`."""
+  pattern = rf"(?:<!-- ([^>]*) -->\n)?```{language}\n(.*?)```"
+  return [(comment or "", code) for comment, code in re.findall(pattern, README, re.DOTALL)]
+
+
+def test_readme_is_short():
+  assert len(README.splitlines()) <= 200
+
+
+def test_quick_start_opens_with_two_commands():
+  first = README.split("## Quick start")[1].split("```")[1].strip("\n").splitlines()
+  assert len(first) == 2
+  assert "configs/digits_vit.py" in first[0] and "runs/digits_vit" in first[0]
+  assert "pytest" in first[1]
+
+
+def test_the_idea_runs():
+  (code,) = [code for comment, code in blocks() if not comment]
+  scope = {}
+  exec(code, scope)
+  assert scope["logits"].shape == (1, 10)
+
+
+def test_named_files_exist():
+  for path in re.findall(r"`((?:nestnet|configs|docs)/[\w/]+\.?\w*)", README):
+    assert (ROOT / path).exists(), path
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+  """A folder with README's own model, data and config, and a checkout on its path."""
+  folder = tmp_path_factory.mktemp("own")
+  for comment, code in blocks():
+    if comment.startswith("file: "):
+      (folder / comment.removeprefix("file: ")).write_text(code)
+  return folder
+
+
+def run(folder, *command):
+  import os
+  environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}"}
+  return subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment, text=True,
+                        capture_output=True, timeout=300)
+
+
+def test_own_model_and_data_train_and_extract(own):
+  trained = run(own, "experiments.train", "--config=my_config.py", "--workdir=runs/mine",
+                "--config.train.steps=60")
+  assert trained.returncode == 0, trained.stderr
+  extracted = run(own, "experiments.extract", "--workdir=runs/mine", "--max_params=5000", "--out=mine")
+  assert extracted.returncode == 0, extracted.stderr
+  assert "difference from the slice in place: 0" in extracted.stdout
+  loaded = run(own, "timeit", "-n1", "-r1",
+               "import my_net, nestnet, numpy; m, v = nestnet.load('mine', my_net.Mlp); "
+               "assert m.apply(v, numpy.zeros((1, 8, 8, 1)))['logits'].shape == (1, 2)")
+  assert loaded.returncode == 0, loaded.stderr

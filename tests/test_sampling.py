@@ -1,0 +1,145 @@
+"""Which sub-networks train: pure functions of (seed, step), with the frequencies they state."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+from nestnet.errors import UserError
+from nestnet.sampling import sampler
+from nestnet.space import Space
+
+SPACE = Space(layers=(1, 2), mlp=(4, 8, 16))
+STEPS = 3000
+
+
+def counts(drawn, position):
+  return collections.Counter(drawn.terms(step)[position].candidates[0] for step in range(STEPS))
+
+
+def near(count, probability):
+  """Within five standard deviations of a binomial count."""
+  return abs(count - STEPS * probability) < 5 * np.sqrt(STEPS * probability * (1 - probability)) + 1e-9
+
+
+@pytest.mark.parametrize("name, options", [
+  ("sandwich", {"candidates": 2}), ("sorted_nested", {}), ("sampled", {}), ("joint", {}),
+  ("largest", {})])
+def test_nothing_but_seed_and_step_decides(name, options):
+  one, two = (sampler(name, SPACE, 7, **options) for _ in range(2))
+  for step in (0, 1, 5, 10 ** 9):
+    assert one.terms(step) == two.terms(step)
+  assert [two.terms(s) for s in (9, 3)] == [one.terms(s) for s in (9, 3)]
+  if not one.fixed:
+    other = sampler(name, SPACE, 8, **options)
+    assert [one.terms(s) for s in range(9)] != [other.terms(s) for s in range(9)]
+    assert len({one.terms(s) for s in range(9)}) > 1
+
+
+def test_largest_is_ordinary_training():
+  drawn = sampler("largest", SPACE, 0)
+  (term,) = drawn.terms(3)
+  assert drawn.fixed and term.candidates == (SPACE.largest,)
+  assert (term.weight, term.taught, term.regularised) == (1.0, False, True)
+
+
+def test_sandwich_terms():
+  drawn = sampler("sandwich", SPACE, 0, random=3, candidates=2)
+  terms = drawn.terms(4)
+  assert not drawn.fixed and len(terms) == 5
+  assert terms[0].candidates == (SPACE.largest,) and terms[-1].candidates == (SPACE.smallest,)
+  assert [len(t.candidates) for t in terms] == [1, 2, 2, 2, 1]
+  assert [t.taught for t in terms] == [False] + 4 * [True]
+  assert [t.regularised for t in terms] == [True] + 4 * [False]
+  assert all(t.weight == 1.0 for t in terms)
+  assert all(c in SPACE for t in terms for c in t.candidates)
+  everywhere = sampler("sandwich", SPACE, 0, regularise="all").terms(0)
+  assert all(t.regularised for t in everywhere)
+  assert sampler("sandwich", SPACE, 0, random=0).fixed
+
+
+@pytest.mark.parametrize("name, options, n", [
+  ("sandwich", {"random": 2}, 4), ("sorted_nested", {"n": 5}, 5), ("joint", {}, 6)])
+def test_sum_or_mean(name, options, n):
+  for reduce, weight in (("sum", 1.0), ("mean", 1 / n)):
+    terms = sampler(name, SPACE, 0, reduce=reduce, **options).terms(0)
+    assert [t.weight for t in terms] == n * [weight]
+
+
+@pytest.mark.parametrize("name, position", [("sandwich", 1), ("sandwich", 2), ("sorted_nested", 0),
+                                            ("sorted_nested", 3)])
+def test_random_members_are_uniform(name, position):
+  seen = counts(sampler(name, SPACE, 1), position)
+  assert set(seen) == set(SPACE)
+  assert all(near(n, 1 / 6) for n in seen.values())
+
+
+def test_positions_of_a_step_are_independent():
+  drawn = sampler("sorted_nested", SPACE, 1, n=2)
+  pairs = [[t.candidates[0] for t in drawn.terms(s)] for s in range(STEPS)]
+  assert near(sum(a == b for a, b in pairs), 1 / 6)
+  both = sampler("sandwich", SPACE, 1, candidates=2)
+  pairs = [both.terms(s)[1].candidates for s in range(STEPS)]
+  assert near(sum(a == b for a, b in pairs), 1 / 6)
+
+
+def test_uniform_by_choices_or_by_members():
+  """A deep member has more per-layer lists than a shallow one: 3 + 9 members."""
+  space = Space(layers=(1, 2), mlp=(4, 8, 16), per_layer=("mlp",))
+  for by, deep in (("choices", 1 / 2), ("members", 3 / 4)):
+    drawn = sampler("sorted_nested", space, 1, n=1, by=by)
+    assert near(sum(n for s, n in counts(drawn, 0).items() if s["layers"] == 2), deep)
+
+
+def test_pool_limits_what_is_drawn():
+  space = Space(layers=(1, 2), mlp=(4, 8, 16), pool=("layers=1,mlp=8", "layers=2,mlp=4"))
+  assert set(counts(sampler("sandwich", space, 0), 1)) == set(space.pool)
+  assert [t.candidates[0] for t in sampler("joint", space, 0).terms(0)] == list(space.pool)
+
+
+def test_sorted_is_never_taught():
+  terms = sampler("sorted_nested", SPACE, 0, n=3).terms(0)
+  assert len(terms) == 3 and not any(t.taught for t in terms) and all(t.regularised for t in terms)
+
+
+def test_joint_trains_every_granularity_at_every_step():
+  drawn = sampler("joint", SPACE, 0)
+  assert drawn.fixed and {t.candidates[0] for t in drawn.terms(0)} == set(SPACE)
+  named = sampler("joint", SPACE, 0, members=("mlp=4", "layers=1")).terms(0)
+  assert [str(t.candidates[0]) for t in named] == ["layers=2,mlp=4", "layers=1,mlp=16"]
+
+
+def test_sampled_frequencies():
+  members = ("mlp=4", "mlp=8", "mlp=16")
+  seen = counts(sampler("sampled", SPACE, 2, members=members), 0)
+  assert all(near(seen[SPACE.subnet(m)], 1 / 3) for m in members)
+  weighted = counts(sampler("sampled", SPACE, 2, members=members, probabilities=(1.0, 0.0, 3.0)), 0)
+  assert near(weighted[SPACE.subnet("mlp=4")], 1 / 4) and near(weighted[SPACE.subnet("mlp=16")], 3 / 4)
+  assert SPACE.subnet("mlp=8") not in weighted
+  assert len(sampler("sampled", SPACE, 2).terms(0)) == 1
+
+
+@pytest.mark.parametrize("name, options, message", [
+  ("sandwhich", {}, "sampler 'sandwhich'; did you mean 'sandwich'.*largest, sandwich, sorted_nested"),
+  ("sandwich", {"rnadom": 2}, "option of the sampler sandwich 'rnadom'; did you mean 'random'"),
+  ("largest", {"n": 2}, "option of the sampler largest 'n'. Allowed: none"),
+  ("sandwich", {"regularise": "none"}, "regularise 'none'.*largest, all"),
+  ("sandwich", {"by": "luck"}, "'luck'.*choices"),
+  ("sorted_nested", {"reduce": "max"}, "reduce 'max'.*sum, mean"),
+  ("joint", {"members": ("mlp=5",)}, "mlp=5 is outside the space.*4, 8, 16"),
+  ("sampled", {"probabilities": (1.0,)}, "probabilities .*one number of at least 0.*6 granularities"),
+  ("sampled", {"probabilities": (1.0, -1.0, 0, 0, 0, 0)}, "probabilities"),
+  ("sampled", {"probabilities": 6 * (0.0,)}, "probabilities"),
+])
+def test_mistakes_are_named(name, options, message):
+  with pytest.raises(UserError, match=message):
+    sampler(name, SPACE, 0, **options).terms(0)
+
+
+def test_large_spaces_need_named_granularities():
+  space = Space(mlp=tuple(range(1, 10)))
+  for name in ("joint", "sampled"):
+    with pytest.raises(UserError, match="9 members, too many.*space.pool or sampler.members"):
+      sampler(name, space, 0)
