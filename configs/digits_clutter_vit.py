@@ -15,12 +15,13 @@ FEATURES = (2, 4, 8, 16, 64)
 def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.model = dict(name="ViT", layers=4, embed=64, heads=4, mlp=256, patch=3, position_std=1.0)
+  config.model = dict(name="ViT", layers=4, embed=64, heads=4, mlp=256, patch=3, position_std=1.0,
+                      unroll=4)
   config.space = dict(
-    layers=(2, 3, 4), embed=(16, 32, 48, 64), heads=(1, 2, 3, 4), mlp=(32, 64, 128, 256),
+    layers=(2, 3, 4), embed=(32, 48, 64), heads=(2, 3, 4), mlp=(64, 128, 256),
     # What trains. The table shows a sample of the space.
-    pool=("layers=2,embed=16,heads=1,mlp=32", "layers=3,embed=32,heads=2,mlp=64",
-          "layers=4,embed=48,heads=3,mlp=128", "layers=4,embed=64,heads=4,mlp=256"))
+    pool=("layers=2,embed=32,heads=2,mlp=64", "layers=3,embed=32,heads=2,mlp=128",
+          "layers=3,embed=48,heads=3,mlp=128", "layers=4,embed=64,heads=4,mlp=256"))
   if method.startswith("matryoshka"):
     config.model.features = 64
     config.space = dict(features=FEATURES)

@@ -13,7 +13,8 @@ from nestnet.recipes import recipe
 def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.model = dict(name="ViT", layers=4, embed=64, heads=4, mlp=256, patch=2, position_std=1.0)
+  config.model = dict(name="ViT", layers=4, embed=64, heads=4, mlp=256, patch=2, position_std=1.0,
+                      unroll=4)
   config.space = dict(
     layers=(2, 3, 4), embed=(32, 48, 64), heads=(2, 4), mlp=(64, 256),
     # What trains. Every member of the space is evaluated.

@@ -140,7 +140,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise FileNotFoundError(
+    raise errors.MissingFileError(
         f"no rows of subnets at {path}: run experiments.train or experiments.evaluate first")
   try:
     rows = json.loads(path.read_text(encoding="utf-8"))

@@ -100,6 +100,9 @@ def build(config: Mapping[str, Any]) -> Run:
   _check_train(config["train"])
   dataset = load(config["data"]["name"], config["data"].get("data_dir") or None)
   mesh = make_mesh(config["mesh"])
+  if config["train"]["batch_size"] % mesh.shape["data"]:
+    raise UserError(f"config.train.batch_size: got {config['train']['batch_size']}, allowed is a "
+                    f"multiple of the {mesh.shape['data']} devices of mesh.data")
   overrides = config.get("phases") or [{}]
   if len(overrides) > 1 and sum(p.get("steps", 0) for p in overrides) != config["train"]["steps"]:
     raise UserError("the steps of config.phases must add up to train.steps="
@@ -220,9 +223,10 @@ def trained(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_pro
             ) -> tuple[Run, TrainState | None]:
   """The first half of `train`: the run, and the state that it ends with; None after SIGTERM."""
   workdir, run = pathlib.Path(workdir), build(config)
+  data = batches(run)
   settle(run, workdir)
   outcome = training.train(
-    run.phases, batches(run), workdir, checkpoint_every=run.config["train"]["checkpoint_every"],
+    run.phases, data, workdir, checkpoint_every=run.config["train"]["checkpoint_every"],
     log_every=run.config["train"]["log_every"], eval_every=run.config["train"]["eval_every"],
     evaluate=functools.partial(_watch, run), show_progress=show_progress)
   return run, outcome.state if outcome.finished else None

@@ -77,10 +77,10 @@ def launch(folder, workdir):
     "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+  command = [sys.executable, "-m", "experiments.train", f"--config={folder}/tiny.py",
+             f"--workdir={workdir}"]
   with open(folder / f"{workdir.name}.log", "a") as log:
-    return subprocess.Popen(
-      [sys.executable, "-m", "experiments.train", f"--config={folder}/tiny.py", f"--workdir={workdir}"],
-      cwd=ROOT, env=environment, stdout=log, stderr=log)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def finish(folder, workdir):
@@ -170,7 +170,7 @@ def flip(file):
 
 
 @pytest.mark.parametrize("damage", [
-  flip, pytest.param(remove, marks=pytest.mark.slow), pytest.param(truncate, marks=pytest.mark.slow)])
+  flip, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (remove, truncate))])
 def test_damaged_newest_checkpoint_falls_back(folder, uninterrupted, damage):
   workdir = folder / damage.__name__
   shutil.copytree(uninterrupted, workdir)

@@ -70,7 +70,8 @@ def centred(rate=0.1, sharpness=2.0):
 
   def teach(params, state, outputs, batch, step):
     logits = outputs["logits"]
-    return {"target": jax.nn.softmax((logits - state["centre"][None]) * sharpness), "logits": logits}
+    target = jax.nn.softmax((logits - state["centre"][None]) * sharpness)
+    return {"target": target, "logits": logits}
 
   def loss(params, state, outputs, targets, step, rng):
     logp = jax.nn.log_softmax(outputs["logits"])
@@ -88,8 +89,8 @@ SANDWICH = {"name": "sandwich", "random": 1, "candidates": 1, "reduce": "sum", "
             "regularise": "largest"}
 RECIPES = {
   "contrast": {"sampler": SANDWICH, "objective": {"name": "seam_methods:contrast", "proj": 4}},
-  "centred": {"sampler": {**SANDWICH, "candidates": 2}, "teacher": "ema", "ema": 0.9, "select": "highest",
-              "objective": {"name": "seam_methods:centred", "rate": 0.2}},
+  "centred": {"sampler": {**SANDWICH, "candidates": 2}, "teacher": "ema", "ema": 0.9,
+              "select": "highest", "objective": {"name": "seam_methods:centred", "rate": 0.2}},
 }
 STEPS = 6
 
@@ -109,7 +110,8 @@ def config(method, devices=1):
     "data": {"name": "digits", "data_dir": "", "augment": "digits"},
     "optim": {"name": "sgd", "learning_rate": 0.1, "schedule": "cosine", "warmup_steps": 2,
               "weight_decay": 0.01, "momentum": 0.9},
-    "train": {"steps": STEPS, "batch_size": 16, "checkpoint_every": 2, "log_every": 1, "eval_every": 0},
+    "train": {"steps": STEPS, "batch_size": 16, "checkpoint_every": 2, "log_every": 1,
+              "eval_every": 0},
     "mesh": {"data": devices}}
 
 
@@ -162,8 +164,8 @@ def test_metrics_are_those_of_the_first_sub_network(tmp_path):
   assert set(rows[0]) == {"step", "loss", "grad_norm", "same"}
 
 
-def test_selection_and_centre_follow_their_definitions(tmp_path):
-  """One update against the method's own words: the harder of two candidates, the teacher's mean."""
+def test_centre_and_average_follow_their_definitions():
+  """One update against the method's own words: the mean of the teacher's logits, its decay."""
   run = runs.build(config("centred"))
   step, batch = run.step, runs.batches(run)[0]
   state = step.init()

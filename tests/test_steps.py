@@ -118,7 +118,8 @@ def close(found, wanted, tolerance=1e-6):
 def forward(params, images, embed=8, mlp=12, features=None):
   """Features and logits of a member, its leading slices written out."""
   p = params
-  x = images.reshape(len(images), -1) @ p["stem"]["kernel"][:, :embed] + p["stem"]["bias"][None, :embed]
+  x = images.reshape(len(images), -1)
+  x = x @ p["stem"]["kernel"][:, :embed] + p["stem"]["bias"][None, :embed]
   h = jnp.tanh(x @ p["up"]["kernel"][:embed, :mlp] + p["up"]["bias"][None, :mlp])
   x = x + h @ p["down"]["kernel"][:mlp, :embed] + p["down"]["bias"][None, :embed]
   x = x[:, :features]
@@ -148,7 +149,7 @@ def feature_loss(student, teacher):
 
 def hand(trained, teacher, batch, terms, smoothing=0.0, labels=0.0, soft=1.0, temperature=1.0,
          space="logits", ramp=1.0):
-  """The sum over terms of CE for those that the labels teach, CE and KD for those a teacher does."""
+  """The sum over terms: CE where the labels teach, a mixture of CE and KD where a teacher does."""
   taught_by = jax.lax.stop_gradient(
     forward(trained["model"] if teacher is None else teacher["model"], batch["image"]))
   total = 0.0
@@ -184,7 +185,7 @@ CASES = {
   "joint-mean": ("matformer_joint", {"sampling": {"reduce": "mean"}}, {}),
   "sampled": ("matformer_sampled", {"at": 2}, {}),
   "frozen-teacher": ("sandwich", {"teacher": "frozen"}, {}),
-  "ema-teacher": ("sandwich", {"teacher": "ema", "loss": {"space": "features"}}, {"space": "features"}),
+  "ema-teacher": ("sandwich", {"teacher": "ema"}, {}),
 }
 
 
@@ -257,7 +258,8 @@ def cut_vit(p, ids, embed, heads, mlp):
     "positions": p["positions"][:, e],
     "blocks": {
       "attention_norm": norm(b["attention_norm"], ids), "mlp_norm": norm(b["mlp_norm"], ids),
-      "qkv": {"kernel": b["qkv"]["kernel"][ids][:, e, :, h], "bias": b["qkv"]["bias"][ids][:, :, h]},
+      "qkv": {"kernel": b["qkv"]["kernel"][ids][:, e, :, h],
+              "bias": b["qkv"]["bias"][ids][:, :, h]},
       "out": {"kernel": b["out"]["kernel"][ids][:, h, :, e], "bias": b["out"]["bias"][ids][:, e]},
       "up": {"kernel": b["up"]["kernel"][ids][:, e, m], "bias": b["up"]["bias"][ids][:, m]},
       "down": {"kernel": b["down"]["kernel"][ids][:, m, e], "bias": b["down"]["bias"][ids][:, e]}},
@@ -270,8 +272,9 @@ def test_gradient_of_a_vit_over_all_four_axes():
   space = Space(layers=(1, 2), embed=(8, 16), heads=(2, 4), mlp=(8, 16))
   vit = ViT(layers=2, embed=16, heads=4, head_dim=4, mlp=16, classes=CLASSES)
   supernet = Supernet(vit, space, (jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),))
-  members = {space.largest: ([0, 1], 16, 4, 16), space.subnet("layers=+1,heads=2"): ([1], 16, 2, 16),
-             space.smallest: ([0], 8, 2, 8)}
+  members = {
+    space.largest: ([0, 1], 16, 4, 16), space.subnet("layers=+1,heads=2"): ([1], 16, 2, 16),
+    space.smallest: ([0], 8, 2, 8)}
   terms = tuple(Term((m,), taught=m != space.largest) for m in members)
   step = make("sandwich", space, supernet=supernet, drawn=Sampler(lambda step: terms), devices=8)
   batch = example_batch(8)
@@ -338,18 +341,19 @@ def test_gradient_outside_the_trained_slices_is_exactly_zero():
 
 def test_programs_do_not_grow_with_combinations(caplog):
   """Three random ones of six members: one program for each member and role, whatever their mix."""
-  step = make("sandwich", sampling={"random": 3})
+  step = make("sandwich", sampling={"random": 3}, devices=2)
   batch = put_batch(example_batch(), step.mesh)
   state, combinations = step.init(), set()
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     for at in range(40):
       combinations.add(tuple(t.candidates for t in step.recipe.sampler.terms(at)))
-      state, _ = step(state, batch, at)
-  compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(add)")]
+      # Waiting keeps programs from piling up: collectives of faked devices may then deadlock.
+      state, _ = jax.block_until_ready(step(state, batch, at))
+  compiled = [r.getMessage().split(" with ")[0] for r in caplog.records]
   assert len(combinations) > 25
   # The largest as a teacher, and six as students.
-  assert len(compiled) == 7
-  assert len([r for r in caplog.records if "Compiling jit(_updated)" in r.getMessage()]) == 1
+  assert compiled.count("Compiling jit(add)") == 7
+  assert compiled.count("Compiling jit(_updated)") == 1
 
 
 def test_regularisation_follows_the_term():
@@ -400,10 +404,9 @@ def split(tree):
 
 def moments(step, state):
   """The per-parameter trees of an optimizer's state."""
-  found = []
   shape = jax.tree.structure(state.trained)
-  jax.tree.map(lambda t: found.append(t) if jax.tree.structure(t) == shape else None, state.opt_state,
-               is_leaf=lambda t: jax.tree.structure(t) == shape)
+  like = lambda tree: jax.tree.structure(tree) == shape
+  found = [tree for tree in jax.tree.leaves(state.opt_state, is_leaf=like) if like(tree)]
   assert found
   return found
 

@@ -56,7 +56,12 @@ class Data:
     return {"image": image, "label": label}
 
 
-def make(name="sandwich", devices=1, tx=lambda mask: optax.sgd(0.1, momentum=0.9), loss=None, **fields):
+def momentum(mask):
+  del mask
+  return optax.sgd(0.1, momentum=0.9)
+
+
+def make(name="sandwich", devices=1, tx=momentum, loss=None, **fields):
   supernet = Supernet(Net(8, 8), SPACE, (jax.ShapeDtypeStruct((1, 6), jnp.float32),))
   recipe = Recipe(sampler(name, SPACE), loss or objective("classification"), **fields)
   return Step(supernet, recipe, tx, make_mesh({"data": devices}))
@@ -127,9 +132,9 @@ def test_moments_begin_anew_only_where_asked(tmp_path, fresh):
                jax.device_get(alone.opt_state))
 
 
-@pytest.mark.parametrize("stop", [3, 4, 6])
+@pytest.mark.parametrize("stop", [4, 6])
 def test_resume_around_a_phase_change_is_exact(tmp_path, stop):
-  """Killed in the first phase, exactly at its end, and in the second."""
+  """Killed exactly at the end of the first phase, and in the second."""
   double = lambda state: state.replace(trained=jax.tree.map(lambda x: 2 * x, state.trained))
   phases = lambda: [Phase(4, make()), Phase(4, make(teacher="ema"), double, fresh_optimizer=True)]
   whole = train(phases(), tmp_path / "whole", every=1)
@@ -161,8 +166,7 @@ def poisoned(at, part):
   return Objective(loss)
 
 
-@pytest.mark.parametrize("part", ["loss", "grad_norm"])
-@pytest.mark.parametrize("at", [7, 9])
+@pytest.mark.parametrize("part, at", [("loss", 7), ("grad_norm", 9)])
 def test_non_finite_stops_with_the_last_good_checkpoint(tmp_path, part, at):
   """Update 10, the one that is due to be saved, and one before it."""
   with pytest.raises(NonFinite, match=f"step {at + 1}: {part} is .*last good checkpoint is kept"):
@@ -240,15 +244,16 @@ def test_eight_devices_equal_one(tmp_path):
     if step < 10:
       host = jax.device_get(state)
       common = jax.device_put(host, jax.tree.map(lambda x: x.sharding, eight.abstract()))
-      other, metrics = eight(common, put_batch(data[step], eight.mesh), step)
-    state, wanted = one(state, put_batch(data[step], one.mesh), step)
+      other, metrics = jax.block_until_ready(eight(common, put_batch(data[step], eight.mesh), step))
+    state, wanted = jax.block_until_ready(one(state, put_batch(data[step], one.mesh), step))
     if step < 10:
       assert abs(float(metrics["loss"]) - float(wanted["loss"])) < 1e-6 * float(wanted["loss"])
       jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
                    jax.device_get(other.opt_state), jax.device_get(state.opt_state))
   sharded = eight.init()
   for step in range(20):
-    sharded, _ = eight(sharded, put_batch(data[step], eight.mesh), step)
+    # As the loop does, lest programs pile up: collectives of faked devices may then deadlock.
+    sharded, _ = jax.block_until_ready(eight(sharded, put_batch(data[step], eight.mesh), step))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
                jax.device_get(sharded.trained), jax.device_get(state.trained))
   assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(sharded))

@@ -6,10 +6,14 @@ import importlib
 
 import flax.linen as nn
 
+from nestnet.errors import one_of
+
 ARCHITECTURES = {"ViT": "nestnet.models.vit:ViT"}
 
 
 def architecture(name: str) -> type[nn.Module]:
-  """The class of one of nestnet's own architectures."""
+  """The class of one of nestnet's own architectures; raises `ValueError` for an unknown name."""
+  if name not in ARCHITECTURES:
+    raise one_of("model", name, (*ARCHITECTURES, "package.module:Name"))
   module, _, attribute = ARCHITECTURES[name].partition(":")
   return getattr(importlib.import_module(module), attribute)

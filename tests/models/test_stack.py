@@ -113,10 +113,30 @@ def test_constants_travel_with_their_layer(variables):
   assert {k: float(v["rate"]) for k, v in unrolled.items()} == {"layers_2_0": 1, "layers_2_1": 3}
 
 
-def test_without_stored_constants_the_initial_ones_hold(variables):
-  apply = jax.jit(NET.apply)
-  np.testing.assert_array_equal(apply({"params": variables["params"]}, X)["logits"],
-                                apply(variables, X)["logits"])
+@pytest.mark.parametrize("text", ["", "expand_1=2:4,expand_2=4:2:2"])
+def test_without_stored_constants_the_initial_ones_hold(variables, text):
+  subnet = SUPERNET.space.subnet(text)
+  cut, apply = SUPERNET.cut(variables, subnet), jax.jit(SUPERNET.module(subnet).apply)
+  np.testing.assert_array_equal(apply({"params": cut["params"]}, X)["logits"],
+                                apply(cut, X)["logits"])
+
+
+class Single(nn.Module):
+  """One stage, alone in its tree."""
+
+  layers: int
+  mlp: int | tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x):
+    block = lambda name, mlp: Block(mlp, "mlp", name=name)
+    return stack(block, x, layers=self.layers, sizes={"mlp": self.mlp},
+                 constants={"rate": range(self.layers)})[0]
+
+
+def test_a_stack_alone_in_its_tree_is_found():
+  net = Supernet(Single(3, 4), Space(layers=(1, 2, 3), mlp=(2, 4)), SUPERNET.inputs)
+  net.check(Subnet(layers=(0, 2), mlp=(2, 4)))
 
 
 def test_remat_has_the_gradient_and_the_noise_of_the_plain_stack(variables):

@@ -45,7 +45,8 @@ def loss(targets=TAUGHT, step=0, **options):
 
 def test_the_parts():
   for smoothing in (0.0, 0.1):
-    np.testing.assert_allclose(label_cross_entropy(LOGITS, LABELS, smoothing), ce(smoothing), rtol=1e-6)
+    found = label_cross_entropy(LOGITS, LABELS, smoothing)
+    np.testing.assert_allclose(found, ce(smoothing), rtol=1e-6)
   for t in (0.5, 1.0, 4.0):
     np.testing.assert_allclose(soft_cross_entropy(LOGITS, TEACHER, t), kd(t), rtol=1e-6)
   np.testing.assert_allclose(feature_distance(FEATURES, WIDE), distance(), rtol=1e-6)
@@ -61,7 +62,8 @@ def test_untaught_learns_from_labels_only():
 @pytest.mark.parametrize("options, wanted", [
   ({}, kd()),
   ({"temperature": 3.0}, kd(3.0)),
-  ({"student_labels": 0.5, "distillation": 0.7, "label_smoothing": 0.1}, 0.5 * ce(0.1) + 0.7 * kd()),
+  ({"student_labels": 0.5, "distillation": 0.7, "label_smoothing": 0.1},
+   0.5 * ce(0.1) + 0.7 * kd()),
   ({"space": "features"}, distance()),
   ({"space": "features", "student_labels": 1.0, "distillation": 2.0}, ce() + 2 * distance()),
 ])

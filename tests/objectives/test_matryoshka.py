@@ -71,7 +71,8 @@ def test_attach_replaces_the_models_head(tied):
   kernel, bias = head(params, tied, 4)
   np.testing.assert_array_equal(found["params"]["head"]["kernel"], kernel)
   np.testing.assert_array_equal(found["params"]["head"]["bias"], bias)
-  assert found["params"]["stem"] == 1 and found["constants"] == 2 and variables["params"]["head"] is None
+  assert found["params"]["stem"] == 1 and found["constants"] == 2
+  assert variables["params"]["head"] is None
 
 
 def test_mistakes_are_named():

@@ -1,0 +1,162 @@
+"""Train, evaluate, extract, end to end; and every method of the default config, shrunken."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from nestnet import cli, extraction, report, runs
+from nestnet.data import arrays, load
+from nestnet.execution import Supernet
+from nestnet.interop import folder
+from nestnet.recipes import RECIPES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEFAULT = ROOT / "configs" / "digits_vit.py"
+
+
+def shrunken(method, steps=2):
+  """The default config of a method at a fraction of its size: other numbers, the same keys."""
+  config = cli.load_config(f"{DEFAULT}:{method}")
+  with config.unlocked():
+    config.model.update(layers=2, embed=16, heads=4, mlp=16, patch=4)
+    config.train.update(steps=steps, batch_size=8, checkpoint_every=100, log_every=1)
+    config.optim.warmup_steps = 1
+    if method.startswith("matryoshka"):
+      config.model.features = 16
+      config.space.features = (4, 16)
+      config.recipe.objective.sizes = (4, 16)
+    else:
+      config.space.update(layers=(1, 2), embed=(8, 16), heads=(2, 4), mlp=(8, 16), pool=(
+        "layers=1,embed=8,heads=2,mlp=8", "layers=2,embed=16,heads=4,mlp=16"))
+    if method == "sandwich":
+      # A space of four members is enough to look at; the pool still decides what trains.
+      config.space.update(heads=(4,), mlp=(16,), pool=("layers=1,embed=8", "layers=2,embed=16"))
+      config.model.head_dim = 4
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "digits_vit"
+  assert runs.train(shrunken("sandwich", steps=4), workdir, show_progress=False)
+  return workdir
+
+
+def test_what_a_run_leaves(finished):
+  names = {p.name for p in finished.iterdir()}
+  assert {"config.json", "metrics.jsonl", "checkpoints", "subnets.json", "pareto.png",
+          "done"} <= names
+  assert any(name.startswith("events.out.tfevents") for name in names)
+  assert (finished / "pareto.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+  saved = json.loads((finished / "config.json").read_text())
+  assert saved["changes"] == [] and saved["config"] == runs.plain(shrunken("sandwich", steps=4))
+  rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
+
+
+def test_rows_are_the_whole_space_and_what_it_costs(finished):
+  rows = report.read_rows(finished / "subnets.json")
+  run = runs.build(shrunken("sandwich", steps=4))
+  assert {row["subnet"] for row in rows} == {str(m) for m in run.supernet.space}
+  assert len(rows) == 4
+  for row in rows:
+    assert 0 <= row["accuracy"] <= 1 and 0 <= row["validation_accuracy"] <= 1
+    assert (row["steps"], row["images"], row["seed"]) == (4, 32, 0) and row["train_flops"] > 0
+  shapes = run.supernet.shapes["params"]
+  assert max(r["params"] for r in rows) == sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def test_accuracy_of_a_row_is_that_of_its_slice(finished):
+  """Counted here from the checkpoint, on the split that the name says."""
+  run, step, state = runs.opened(finished)
+  assert step == 4
+  rows = {row["subnet"]: row for row in report.read_rows(finished / "subnets.json")}
+  for member in (run.supernet.space.smallest, run.supernet.space.largest):
+    module, variables = run.supernet.module(member), run.step.member(state, member)
+    for split, name in (("test", "accuracy"), ("validation", "validation_accuracy")):
+      data = arrays(run.dataset, split)
+      found = module.apply(variables, data["image"])["logits"].argmax(-1)
+      assert abs(rows[str(member)][name] - np.mean(found == data["label"])) < 1e-6
+
+
+def test_running_again_changes_nothing(finished):
+  before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+  assert runs.train(shrunken("sandwich", steps=4), finished, show_progress=False)
+  assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_extract_by_a_partial_spec_with_layer_ids(finished, tmp_path):
+  row, difference = extraction.extract_run(finished, tmp_path / "out", "layers=+1,embed=8")
+  assert difference == 0.0 and row["subnet"] == "layers=+1,embed=8,heads=4,mlp=16"
+  module, variables = folder.load(tmp_path / "out")
+  assert (module.layers, module.embed, module.heads, module.mlp) == (1, 8, 4, 16)
+  run, _, state = runs.opened(finished)
+  np.testing.assert_array_equal(variables["params"]["blocks"]["up"]["kernel"],
+                                state.trained["model"]["blocks"]["up"]["kernel"][1:, :8])
+  data = arrays(load("digits"), "test")
+  accuracy = np.mean(module.apply(variables, data["image"])["logits"].argmax(-1) == data["label"])
+  assert abs(accuracy - row["accuracy"]) < 1e-6
+  written = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert written["parent"] == {"run": str(finished), "step": 4}
+  assert written["costs_and_metrics"]["params"] == row["params"] == sum(
+    x.size for x in jax.tree.leaves(variables["params"]))
+  assert not (tmp_path / "out" / "objective.safetensors").exists()
+
+
+@pytest.mark.parametrize("limit, column", [("max_params", "params"), ("max_flops", "flops")])
+def test_extract_by_a_budget_takes_the_most_accurate_that_fits(finished, tmp_path, limit, column):
+  rows = report.read_rows(finished / "subnets.json")
+  budget = sorted(row[column] for row in rows)[2]
+  fitting = [row for row in rows if row[column] <= budget]
+  row, difference = extraction.extract_run(finished, tmp_path / "out", **{limit: budget})
+  assert difference == 0.0 and row[column] <= budget
+  assert row["validation_accuracy"] == max(r["validation_accuracy"] for r in fitting)
+
+
+def test_extract_by_latency_measures_here(finished, tmp_path):
+  row, difference = extraction.extract_run(finished, tmp_path / "out", max_latency_ms=10_000.0)
+  assert difference == 0.0 and 0 < row["latency_ms"] < 10_000
+
+
+def test_extract_twice_replaces(finished, tmp_path):
+  sizes = []
+  for spec in ("embed=16", "embed=8,layers=1"):
+    extraction.extract_run(finished, tmp_path / "out", spec)
+    weights = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    sizes.append(sum(w.size for w in weights.values()))
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "model.safetensors"]
+  assert sizes[1] < sizes[0] and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_method_of_the_default_config(method, tmp_path):
+  """Two steps, evaluation, and the smallest member extracted."""
+  config = shrunken(method)
+  with config.unlocked():
+    config.space.pool = config.space.get("pool", ())[:2]
+  assert runs.train(config, tmp_path / "run", show_progress=False)
+  run, step, _ = runs.opened(tmp_path / "run")
+  rows = report.read_rows(tmp_path / "run" / "subnets.json")
+  assert step == 2 and len(rows) == run.supernet.space.size
+  smallest = str(run.supernet.space.smallest)
+  assert extraction.extract_run(tmp_path / "run", tmp_path / "out", smallest)[1] == 0.0
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_method_builds_at_full_size(method):
+  """The config as it stands: names, sizes and pool go together; nothing is compiled."""
+  run = runs.build(cli.load_config(f"{DEFAULT}:{method}"))
+  assert isinstance(run.supernet, Supernet) and run.steps == run.config["train"]["steps"]
+  state = run.step.abstract()
+  assert state.trained["model"]["patch"]["kernel"].shape[-1] == run.supernet.model.embed
+  assert bool(jax.tree.leaves(state.trained["objective"])) == method.startswith("matryoshka")
