@@ -25,11 +25,11 @@ JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time, each on its share of the
 def main(argv):
   del argv
   configs = [cli.load_config(spec) for spec in CONFIGS.value]
-  from nestnet import compare
+  from nestnet import compare, jobs
   for config in configs:
     for text in OVERRIDE.value:
       compare.override(config, text)
-  compare.keep_programs(f"{OUT.value}/compiled")
+  jobs.keep_programs(f"{OUT.value}/compiled")
   command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
   tables = compare.compare(configs, SEEDS.value, OUT.value, BUDGETS.value, DOCS.value, JOBS.value, command)
   print(tables or f"stopped; the same command goes on from what stands in {OUT.value}")

@@ -14,13 +14,13 @@ SUBNETS = flags.DEFINE_string("subnets", "", "sub-networks joined by ';'; the sp
 
 def main(argv):
   del argv
-  from nestnet import report, runs
+  from nestnet import evaluation, report, runs
   run, step, state = runs.opened(WORKDIR.value)
   space = run.supernet.space
   texts = [text for text in SUBNETS.value.split(";") if text.strip()]
-  members = [space.subnet(text) for text in texts] or runs.evaluated(space)
-  rows = runs.evaluate(run, state, members, show_progress=True)
-  print(report.table(runs.shown(rows)))
+  members = [space.subnet(text) for text in texts] or evaluation.evaluated(space)
+  rows = evaluation.evaluate(run, state, members, show_progress=True)
+  print(report.table(evaluation.shown(rows)))
   print(f"{len(rows)} of {space.size} sub-networks, at step {step} of {run.steps}")
   if not texts:
     report.write_rows(f"{WORKDIR.value}/subnets.json", rows)

@@ -19,10 +19,10 @@ FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors"], "what to wr
 
 def main(argv):
   del argv
-  from nestnet import extraction, report, runs
+  from nestnet import evaluation, extraction, report
   row, difference = extraction.extract_run(
     WORKDIR.value, OUT.value, SUBNET.value, PARAMS.value, FLOPS.value, LATENCY.value)
-  print(report.table(runs.shown([row])))
+  print(report.table(evaluation.shown([row])))
   print(f"written: {OUT.value}\nlargest difference from the slice in place: {difference:.3g}")
 
 

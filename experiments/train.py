@@ -14,13 +14,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run that st
 
 def main(argv):
   del argv
-  from nestnet import report, runs
+  from nestnet import evaluation, report, runs
   if not runs.train(CONFIG.value, WORKDIR.value):
     print(f"stopped; the same command goes on from the checkpoint in {WORKDIR.value}")
     return
   rows = report.read_rows(f"{WORKDIR.value}/subnets.json")
-  print(report.table(runs.shown(rows)))
-  print(f"{runs.budget_text(rows[0])}\nwritten: {WORKDIR.value}/subnets.json, {WORKDIR.value}/pareto.png")
+  print(report.table(evaluation.shown(rows)))
+  print(f"{evaluation.budget_text(rows[0])}\nwritten: {WORKDIR.value}/subnets.json, {WORKDIR.value}/pareto.png")
 
 
 if __name__ == "__main__":

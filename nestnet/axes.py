@@ -24,7 +24,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import struct
-from flax.core import meta
 
 from nestnet.errors import UserError
 

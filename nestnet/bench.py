@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import optax
 
-from nestnet import report, runs
+from nestnet import build, evaluation, report
 from nestnet.data import Batches
 from nestnet.errors import UserError
 from nestnet.files import atomic_write
@@ -99,7 +99,7 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20) -> di
   stand-alone network's and the joint step are one program each.
 
   Args:
-    config: As `runs.build` takes it; the recipe's sampler does not matter.
+    config: As `build.build` takes it; the recipe's sampler does not matter.
     batch_size: In images; by default the config's, doubled until the smallest network's step takes
       50 ms.
     pairs: Pairs for each ratio.
@@ -108,14 +108,14 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20) -> di
     `hardware`, `batch_size`, `pairs`, `bar`, `slices` (a list of `subnet`, `params` and the fields
     of `Ratio`, and the time of the update of all the supernet's weights) and `joint`.
   """
-  config = runs.plain(config) | {"phases": []}
-  run = runs.build(config)
+  config = build.plain(config) | {"phases": []}
+  run = build.build(config)
   space = run.supernet.space
   if not space.pool and space.size > FIXED_LIMIT:
     raise UserError(f"the space has {space.size} members and no pool; name what to measure in "
                     "space.pool")
   members = list(space.pool or space)
-  alone = {member: runs.build(_separate(config, member)) for member in members}
+  alone = {member: build.build(_separate(config, member)) for member in members}
   chosen = bool(batch_size)
   batch_size = batch_size or config["train"]["batch_size"]
   while True:
@@ -129,7 +129,7 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20) -> di
   for member in members:
     one = (Term((member,)),)
     found = ratio(_stepper(_with(run, Sampler(lambda step, one=one: one)), batch), bases[member], pairs)
-    slices.append({"subnet": str(member), **runs.costs(run.supernet, member),
+    slices.append({"subnet": str(member), **evaluation.costs(run.supernet, member),
                    **dataclasses.asdict(found), "update_ms": update,
                    "own_update_ms": _median_ms(_updater(alone[member].step))})
   names = [str(member) for member in members]
@@ -144,7 +144,7 @@ def _separate(config: dict[str, Any], member: Any) -> dict[str, Any]:
     "name": "separate", "subnet": str(member), "sampler": {"name": "largest"}}}
 
 
-def _with(run: runs.Run, chosen: Sampler) -> Step:
+def _with(run: build.Run, chosen: Sampler) -> Step:
   """The run's step with another sampler."""
   step = run.step
   recipe = dataclasses.replace(step.recipe, sampler=chosen)

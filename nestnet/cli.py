@@ -25,7 +25,7 @@ from absl import logging
 import ml_collections
 from ml_collections import config_flags
 
-from nestnet import errors
+from nestnet import errors, memory
 
 FLAGS = flags.FLAGS
 _NUMBERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
@@ -50,6 +50,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     # absl turns to INFO where --verbosity is not given.
     if quiet:
       logging.set_verbosity(logging.WARNING)
+    memory.keep_freed()
     return main(argv)
 
   warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nestnet import cost, report, runs
+from nestnet import cost, evaluation, report, runs
+from nestnet.build import Run
 from nestnet.data import arrays
 from nestnet.errors import Failure, UserError
 from nestnet.evaluators.classification import batches
 from nestnet.interop.folder import load, save
-from nestnet.runs import Run
 from nestnet.slicing import take
 from nestnet.steps import TrainState
 from nestnet.subnet import Subnet
@@ -88,7 +88,7 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
                     "--max_flops, --max_latency_ms")
   run, step, state = runs.opened(workdir)
   if subnet:
-    row = runs.evaluate(run, state, [run.supernet.space.subnet(subnet)])[0]
+    row = evaluation.evaluate(run, state, [run.supernet.space.subnet(subnet)])[0]
   else:
     rows = report.read_rows(pathlib.Path(workdir) / "subnets.json")
     if "latency_ms" in budgets:

@@ -5,7 +5,7 @@ import json
 import ml_collections
 import pytest
 
-from nestnet import compare, errors, recipes, report, runs
+from nestnet import build, compare, errors, evaluation, jobs, recipes, report
 
 SIZES = ("layers=1,embed=8,heads=2,mlp=16", "layers=2,embed=16,heads=2,mlp=16")
 
@@ -36,7 +36,7 @@ def test_equal_flops_are_the_sum_of_the_separate_runs(tmp_path):
                       for b in ("equal steps", "equal FLOPs"))
       assert steps.steps == 200 and flops.sizes == SIZES
       # The planned count is the one that the run itself reports.
-      assert runs.budget(runs.build(flops.config))["train_flops"] == pytest.approx(
+      assert evaluation.budget(build.build(flops.config))["train_flops"] == pytest.approx(
         sum(t.train_flops for t in alone), rel=0.01)
   assert len({task.workdir for task in tasks}) == len(tasks)
 
@@ -55,8 +55,8 @@ def test_more_seeds_keep_the_runs_that_are_there(tmp_path):
 
 def test_missing_runs_only_are_done_and_seeds_are_paired(tmp_path):
   configs = [config("separate"), config("truncate")]
-  call = lambda jobs: compare.compare(configs, 2, tmp_path, ("equal steps",), None, jobs, "the command")
-  tables = call(min(2, len(compare._cores())))
+  call = lambda n: compare.compare(configs, 2, tmp_path, ("equal steps",), None, n, "the command")
+  tables = call(min(2, len(jobs.cores())))
   tasks = compare.plan(configs, 2, tmp_path, ("equal steps",))
   written = {t.workdir: (t.workdir / "subnets.json").stat().st_mtime_ns for t in tasks}
   assert len(tasks) == 2 * (2 + 1) and all(task.done for task in tasks)
@@ -104,7 +104,7 @@ def test_the_baseline_of_matryoshka_is_trained_alone_at_each_number_of_features(
     ("separate", (SIZES[0],)), ("separate", (SIZES[1],)), ("separate", ("features=4",)),
     ("separate", ("features=16",)), ("matryoshka", ("features=4", "features=16"))] + [
     ("matryoshka", ("features=4", "features=16"))] * (len(tasks) - 5)
-  model = runs.build(tasks[2].config).supernet.model
+  model = build.build(tasks[2].config).supernet.model
   assert (model.features, model.embed) == (4, 16)
 
 
@@ -145,7 +145,7 @@ def test_recipes_must_share_what_they_train(tmp_path):
 
 def test_jobs_are_at_most_the_cores():
   with pytest.raises(errors.UserError, match="jobs: got 0, allowed is 1 to"):
-    compare.train_all([], jobs=0)
+    jobs.train_all([], jobs=0)
 
 
 @pytest.mark.parametrize("text, key, value", [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from nestnet import cli, extraction, report, runs
+from nestnet import build, cli, extraction, report, runs
 from nestnet.data import arrays, load
 from nestnet.execution import Supernet
 from nestnet.interop import folder
@@ -56,7 +56,7 @@ def test_what_a_run_leaves(finished):
   assert any(name.startswith("events.out.tfevents") for name in names)
   assert (finished / "pareto.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
   saved = json.loads((finished / "config.json").read_text())
-  assert saved["changes"] == [] and saved["config"] == runs.plain(shrunken("sandwich", steps=4))
+  assert saved["changes"] == [] and saved["config"] == build.plain(shrunken("sandwich", steps=4))
   rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
   assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
@@ -64,7 +64,7 @@ def test_what_a_run_leaves(finished):
 
 def test_rows_are_the_whole_space_and_what_it_costs(finished):
   rows = report.read_rows(finished / "subnets.json")
-  run = runs.build(shrunken("sandwich", steps=4))
+  run = build.build(shrunken("sandwich", steps=4))
   assert {row["subnet"] for row in rows} == {str(m) for m in run.supernet.space}
   assert len(rows) == 4
   for row in rows:
@@ -155,7 +155,7 @@ def test_every_method_of_the_default_config(method, tmp_path):
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_method_builds_at_full_size(method):
   """The config as it stands: names, sizes and pool go together; nothing is compiled."""
-  run = runs.build(cli.load_config(f"{DEFAULT}:{method}"))
+  run = build.build(cli.load_config(f"{DEFAULT}:{method}"))
   assert isinstance(run.supernet, Supernet) and run.steps == run.config["train"]["steps"]
   state = run.step.abstract()
   assert state.trained["model"]["patch"]["kernel"].shape[-1] == run.supernet.model.embed

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from nestnet import extraction, runs
+from nestnet import build, extraction, runs
 
 MODULE = '''
 import flax.linen as nn
@@ -166,8 +166,8 @@ def test_metrics_are_those_of_the_first_sub_network(tmp_path):
 
 def test_centre_and_average_follow_their_definitions():
   """One update against the method's own words: the mean of the teacher's logits, its decay."""
-  run = runs.build(config("centred"))
-  step, batch = run.step, runs.batches(run)[0]
+  run = build.build(config("centred"))
+  step, batch = run.step, build.batches(run)[0]
   state = step.init()
   model = step.supernet.model
   params = jax.device_get(state.trained["model"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,9 +24,13 @@ def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndar
     variables: Its variables.
     data: `image` `[examples, ...]` and `label` `[examples]`.
   """
-  predict = jax.jit(lambda v, x: module.apply(v, x)["logits"])
-  yield from metrics(np.concatenate([predict(variables, x) for x in batches(data["image"])]),
-                     data["label"])
+  logits = [_logits(module, variables, images) for images in batches(data["image"])]
+  yield from metrics(np.concatenate(logits), data["label"])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(module, variables, images):
+  return module.apply(variables, images)["logits"]
 
 
 def metrics(logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]:

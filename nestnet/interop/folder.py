@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 import safetensors.flax
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict

@@ -1,0 +1,183 @@
+"""From a config to the objects of a run; whatever is wrong with the config is said here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nestnet import training
+from nestnet.cli import check_fields
+from nestnet.data import Batches, Dataset, augmentation, load
+from nestnet.errors import UserError
+from nestnet.execution import Supernet
+from nestnet.imports import by_path
+from nestnet.interop.folder import make_module
+from nestnet.models import architecture
+from nestnet.objectives import objective
+from nestnet.optim import optimizer, schedule
+from nestnet.sampling import sampler
+from nestnet.sharding import make_mesh
+from nestnet.space import Space
+from nestnet.steps import Recipe, Step
+
+GROUPS = {
+  "model": None,
+  "space": None,
+  "recipe": ("name", "sampler", "objective", "teacher", "ema", "select", "untouched", "subnet"),
+  "data": ("name", "data_dir", "augment"),
+  "optim": ("name", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip_norm", "momentum",
+            "b1", "b2"),
+  "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every"),
+  "mesh": ("data",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A config turned into objects.
+
+  Attributes:
+    config: The resolved config, plain and JSON-able.
+    dataset: Where the images come from.
+    phases: What the loop does; the last one's supernet is the family that is evaluated.
+  """
+
+  config: dict[str, Any]
+  dataset: Dataset
+  phases: tuple[training.Phase, ...]
+
+  @property
+  def step(self) -> Step:
+    return self.phases[-1].step
+
+  @property
+  def supernet(self) -> Supernet:
+    return self.step.supernet
+
+  @property
+  def steps(self) -> int:
+    return sum(phase.steps for phase in self.phases)
+
+
+def build(config: Mapping[str, Any]) -> Run:
+  """Turns a config into a run; whatever is wrong with it is said here.
+
+  Args:
+    config: The groups `model`, `space`, `recipe`, `data`, `optim`, `train`, `mesh`, a `seed`, and
+      optionally `phases`: a list of `{"steps": ..., "enter": "package.module:function", ...}` whose
+      other keys override groups. A phase with an `optim` of its own begins with a fresh optimizer.
+
+  Raises:
+    ValueError: An unknown key or name, or sizes that do not go together.
+    FileNotFoundError: The data set is not there.
+  """
+  config = plain(config)
+  check_fields(config, {"seed": 0, "phases": (), **GROUPS}, "")
+  for group in GROUPS:
+    if group not in config:
+      raise UserError(f"config.{group} is missing")
+  _check_train(config["train"])
+  dataset = load(config["data"]["name"], config["data"].get("data_dir") or None)
+  mesh = make_mesh(config["mesh"])
+  if config["train"]["batch_size"] % mesh.shape["data"]:
+    raise UserError(f"config.train.batch_size: got {config['train']['batch_size']}, allowed is a "
+                    f"multiple of the {mesh.shape['data']} devices of mesh.data")
+  overrides = config.get("phases") or [{}]
+  if len(overrides) > 1 and sum(p.get("steps", 0) for p in overrides) != config["train"]["steps"]:
+    raise UserError("the steps of config.phases must add up to train.steps="
+                    f"{config['train']['steps']}, got {[p.get('steps') for p in overrides]}")
+  stretches = _stretches(overrides, config["train"]["steps"])
+  phases = []
+  for override, (steps, stretch, fresh) in zip(overrides, stretches):
+    merged = _merge(config, {k: v for k, v in override.items() if k not in ("steps", "enter")})
+    for group, known in GROUPS.items():
+      if known:
+        check_fields(merged[group], dict.fromkeys(known), group)
+    enter = by_path(override["enter"], "transition") if override.get("enter") else None
+    phases.append(training.Phase(steps, _step(merged, dataset, mesh, stretch), enter, fresh))
+  return Run(config, dataset, tuple(phases))
+
+
+def _stretches(phases: Sequence[Mapping], total: int) -> list[tuple[int, int, bool]]:
+  """For each phase: its steps, those of the optimizer that it runs under, whether that begins here."""
+  steps = [p.get("steps", total) for p in phases]
+  begins = [i for i, p in enumerate(phases) if i == 0 or "optim" in p]
+  lengths = {b: sum(steps[b:e]) for b, e in zip(begins, [*begins[1:], len(phases)])}
+  return [(n, lengths[max(b for b in begins if b <= i)], i in begins[1:]) for i, n in enumerate(steps)]
+
+
+def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, steps: int) -> Step:
+  supernet = _supernet(config, dataset)
+  recipe, optim, seed = config["recipe"], dict(config["optim"]), config.get("seed", 0)
+  options = dict(recipe["sampler"])
+  made = Recipe(
+    sampler(options.pop("name"), supernet.space, seed, **options), objective(**recipe["objective"]),
+    **{k: recipe[k] for k in ("teacher", "ema", "select", "untouched") if k in recipe})
+  rate = schedule(optim.pop("schedule", "constant"), optim.pop("learning_rate"),
+                  optim.pop("warmup_steps", 0), steps)
+  return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed)
+
+
+def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
+  fields = dict(config["model"])
+  name = fields.pop("name")
+  made = (by_path(name, "model") if ":" in name else architecture(name))
+  check_fields(fields, made)
+  if "classes" in {f.name for f in dataclasses.fields(made)}:
+    fields.setdefault("classes", dataset.classes)
+  model = make_module(made, {k: v for k, v in fields.items() if v is not None})
+  space = Space(**_space(config["space"], tuple(f.name for f in dataclasses.fields(made))))
+  alone = config["recipe"].get("subnet")
+  if alone or config["recipe"].get("name") == "separate":
+    member = space.subnet(alone) if alone else space.largest
+    model, space = model.clone(**member), Space(**{axis: (size,) for axis, size in member.items()})
+  return _shared_supernet(model, space, (jax.ShapeDtypeStruct((1, *dataset.shape), jnp.float32),))
+
+
+# Runs that differ in seed or recipe share one: checking its members takes about a second.
+_shared_supernet = functools.lru_cache(maxsize=32)(Supernet)
+
+
+def _space(config: Mapping[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+  """Options of a space, axes in the order of the model's fields (a `ConfigDict` sorts its keys)."""
+  order = lambda axis: fields.index(axis) if axis in fields else len(fields)
+  options = {k: config[k] for k in sorted(config, key=order) if config[k] is not None}
+  if isinstance(options.get("constraint"), str):
+    options["constraint"] = by_path(options["constraint"], "constraint")
+  return options
+
+
+def _check_train(train: Mapping[str, Any]) -> None:
+  for key, least in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1),
+                     ("eval_every", 0)):
+    value = train.get(key)
+    if not isinstance(value, int) or value < least:
+      raise UserError(f"config.train.{key}: got {value}, allowed is a whole number of at least {least}")
+
+
+def _merge(base: Any, override: Any) -> Any:
+  if not isinstance(base, dict) or not isinstance(override, dict):
+    return override
+  return base | {k: _merge(base.get(k), v) for k, v in override.items()}
+
+
+def plain(config: Any) -> Any:
+  """A config as dicts, lists and scalars."""
+  if hasattr(config, "to_dict"):
+    config = config.to_dict()
+  if isinstance(config, Mapping):
+    return {str(k): plain(v) for k, v in config.items()}
+  return [plain(v) for v in config] if isinstance(config, (tuple, list)) else config
+
+
+def batches(run: Run) -> Batches:
+  """The training batches of a run, this process's share."""
+  data, train_config = run.config["data"], run.config["train"]
+  return Batches(
+    run.dataset, "train", train_config["batch_size"], run.config.get("seed", 0),
+    augmentation(data.get("augment", "none")), jax.process_index(), jax.process_count())

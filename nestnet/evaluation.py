@@ -1,0 +1,125 @@
+"""Members of a family, what they cost and how good they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from nestnet import cost, report
+from nestnet.build import Run
+from nestnet.data import arrays
+from nestnet.evaluators.classification import classification
+from nestnet.execution import Supernet
+from nestnet.logs import Progress
+from nestnet.space import Space
+from nestnet.steps import Step, TrainState
+from nestnet.subnet import Subnet
+
+LISTED = 64
+
+
+def evaluated(space: Space) -> list[Subnet]:
+  """The whole space where it has at most 64 members; else a sample of 64, spread over the cost."""
+  if space.size <= LISTED:
+    return list(space)
+  members = dict.fromkeys([space.smallest, space.largest, *space.pool])
+  for draw in range(50 * LISTED):
+    if len(members) >= LISTED:
+      break
+    members[space.without_pool().sample(draw, by="cost")] = None
+  return list(members)
+
+
+def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Sequence[str] = (
+    "validation", "test"), show_progress: bool = False) -> list[dict[str, Any]]:
+  """Rows of `subnets.json`: `subnet`, `params`, `flops` of an image, metrics, and their budget.
+
+  Metrics of the test split have plain names (`accuracy`), those of others a prefix
+  (`validation_accuracy`).
+  """
+  data = {split: arrays(run.dataset, split) for split in splits}
+  spent = budget(run)
+  progress = Progress(len(subnets := list(subnets)), label="evaluate") if show_progress else None
+  rows = []
+  for subnet in subnets:
+    module, variables = run.supernet.module(subnet), run.step.member(state, subnet)
+    row = {"subnet": str(subnet), **costs(run.supernet, subnet)}
+    for split, examples in data.items():
+      prefix = "" if split == "test" else f"{split}_"
+      row |= {prefix + name: value for name, value in classification(module, variables, examples)}
+    rows.append(row | spent)
+    if progress:
+      progress.update(len(rows), row)
+  if progress:
+    progress.close()
+  return rows
+
+
+def costs(supernet: Supernet, subnet: Subnet) -> dict[str, int]:
+  """Parameters, and FLOPs of one image's forward pass."""
+  module = supernet.module(subnet)
+  return {"params": cost.count_params(module, *supernet.inputs),
+          "flops": cost.flops(module, *supernet.inputs)}
+
+
+def budget(run: Run) -> dict[str, Any]:
+  """What training took: steps, images seen, FLOPs of all forward and backward passes, the seed."""
+  batch_size, flops, start = run.config["train"]["batch_size"], 0, 0
+  for phase in run.phases:
+    flops += sum(map(step_flops(phase.step), range(start, start + phase.steps)))
+    start += phase.steps
+  return {"steps": run.steps, "images": run.steps * batch_size, "train_flops": int(flops * batch_size),
+          "seed": run.config.get("seed", 0)}
+
+
+def step_flops(step: Step) -> Callable[[int], int]:
+  """The function from a step's number to its FLOPs, all passes, for one image of the batch."""
+  supernet, sampler = step.supernet, step.recipe.sampler
+
+  @functools.cache
+  def flops(subnet: Subnet, train: bool) -> int:
+    return _flops(supernet.module(subnet), supernet.inputs, train)
+
+  def count(number: int) -> int:
+    terms = sampler.terms(number)
+    trained = sum(flops(term.candidates[0], True) for term in terms)
+    tried = sum(flops(c, False) for term in terms if len(term.candidates) > 1 for c in term.candidates)
+    taught = flops(supernet.space.largest, False) if step.runs_teacher(terms) else 0
+    return trained + tried + taught
+
+  return count
+
+
+@functools.lru_cache(maxsize=1024)
+def _flops(module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...], train: bool) -> int:
+  return cost.flops(module, *inputs, train=train)
+
+
+def budget_text(row: Mapping[str, Any]) -> str:
+  """One line about what a row's network took to train."""
+  return (f"{row['steps']} steps, {report.human(row['images'])} images, "
+          f"{report.human(row['train_flops'])} training FLOPs, seed {row['seed']}")
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """The columns of rows that a table of accuracies shows."""
+  columns = ("subnet", "params", "flops", "latency_ms", "validation_accuracy", "accuracy")
+  return [{c: row[c] for c in columns if c in row} for row in rows]
+
+
+def title(run: Run) -> str:
+  """What a chart of the run is called."""
+  return ", ".join(run.config[group]["name"] for group in ("data", "model", "recipe"))
+
+
+def watch(run: Run, step: Step, state: TrainState) -> dict[str, float]:
+  """Validation accuracy of the extremes while training."""
+  examples, space = arrays(run.dataset, "validation"), step.supernet.space
+  return {f"{which}_validation_{name}": value
+          for which, subnet in (("largest", space.largest), ("smallest", space.smallest))
+          for name, value in classification(
+            step.supernet.module(subnet), step.member(state, subnet), examples)}
