@@ -120,8 +120,6 @@ class Step:
     self._start = jax.jit(self._zeros, out_shardings=replicated(mesh))
     self._sums = None
 
-  # State.
-
   def init(self) -> TrainState:
     """A fresh state, replicated over the mesh."""
     return jax.jit(self._fresh, out_shardings=replicated(self.mesh))(self._key)
@@ -153,8 +151,6 @@ class Step:
     return execution.member(self.supernet, self.recipe.objective, self.axes["objective"],
                             state.trained, state.fixed, subnet)
 
-  # The step.
-
   def __call__(self, state: TrainState, batch: Mapping[str, jax.Array], step: int
                ) -> tuple[TrainState, Metrics]:
     """Makes update number `step` on a batch; `state` is donated.
@@ -163,41 +159,34 @@ class Step:
       The next state, and scalars still on the device: `loss` (the sum over sub-networks),
       `grad_norm`, and the objective's metrics of the first sub-network.
     """
-    sampler = self.recipe.sampler
-    terms = sampler.terms(step)
+    terms = self.recipe.sampler.terms(step)
     single = all(len(t.candidates) == 1 for t in terms)
-    if sampler.fixed and single and len(terms) <= FIXED_LIMIT:
+    if self.recipe.sampler.fixed and single and len(terms) <= FIXED_LIMIT:
       return self._whole(state, batch)
-    sums = self._sums or self._start(state.trained)
-    self._sums = None
-    taught, metrics = self._teacher_outputs(terms, state, batch), {}
-    for index, term in enumerate(terms):
-      subnet = self._selected(term, state, batch, taught if term.taught else None, index)
-      give = index == 0 and self._gives(terms)
-      program = self._program(subnet, term.regularised, give)
-      sums, outputs, own = program(
-        state.trained, state.fixed, state.objective, batch, taught if term.taught else None,
-        state.step, self._key, index, term.weight, sums)
-      if give:
-        taught = outputs
-      metrics = own if index == 0 else metrics
-    state, self._sums, totals = self._update(state, sums, taught)
-    return state, metrics | totals
+    sums, self._sums = self._sums or self._start(state.trained), None
+    state, self._sums, metrics = self._make(terms, state, batch, sums, self._program, self._update)
+    return state, metrics
 
   def _fixed_step(self, state, batch):
     """The whole step in one program, for a list of terms that never changes."""
-    terms = self.recipe.sampler.terms(0)
-    sums, metrics = self._zeros(state.trained), {}
-    taught = self._teacher_outputs(terms, state, batch)
+    state, _, metrics = self._make(self.recipe.sampler.terms(0), state, batch,
+                                   self._zeros(state.trained), self._add_gradient, self._updated)
+    return state, metrics
+
+  def _make(self, terms, state, batch, sums, gradient, update):
+    """Adds up the terms' gradients, then updates; `gradient` and `update` are compiled or not."""
+    taught, metrics = self._teacher_outputs(terms, state, batch), {}
     for index, term in enumerate(terms):
+      seen = taught if term.taught else None
+      subnet = self._selected(term, state, batch, seen, index)
       give = index == 0 and self._gives(terms)
-      sums, outputs, own = self._add_gradient(term.candidates[0], term.regularised, give)(
-        state.trained, state.fixed, state.objective, batch, taught if term.taught else None,
-        state.step, self._key, index, term.weight, sums)
+      sums, outputs, own = gradient(subnet, term.regularised, give)(
+        state.trained, state.fixed, state.objective, batch, seen, state.step, self._key, index,
+        term.weight, sums)
       taught = outputs if give else taught
       metrics = own if index == 0 else metrics
-    state, _, totals = self._updated(state, sums, taught)
-    return state, metrics | totals
+    state, sums, totals = update(state, sums, taught)
+    return state, sums, metrics | totals
 
   def runs_teacher(self, terms: tuple[Term, ...]) -> bool:
     """Whether a step needs the teacher's outputs beside those of its own terms."""
