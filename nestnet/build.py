@@ -35,6 +35,10 @@ GROUPS = {
   "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every"),
   "mesh": ("data",),
 }
+REQUIRED = {
+  "model": ("name",), "recipe": ("sampler", "objective"), "data": ("name",),
+  "optim": ("name", "learning_rate"), "mesh": ("data",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +48,13 @@ class Run:
   Attributes:
     config: The resolved config, plain and JSON-able.
     dataset: Where the images come from.
+    batches: This process's share of the training batches.
     phases: What the loop does; the last one's supernet is the family that is evaluated.
   """
 
   config: dict[str, Any]
   dataset: Dataset
+  batches: Batches
   phases: tuple[training.Phase, ...]
 
   @property
@@ -77,35 +83,55 @@ def build(config: Mapping[str, Any]) -> Run:
     FileNotFoundError: The data set is not there.
   """
   config = plain(config)
-  check_fields(config, {"seed": 0, "phases": (), **GROUPS}, "")
-  for group in GROUPS:
-    if group not in config:
-      raise UserError(f"config.{group} is missing")
-  _check_train(config["train"])
+  _check(config)
   dataset = load(config["data"]["name"], config["data"].get("data_dir") or None)
   mesh = make_mesh(config["mesh"])
   if config["train"]["batch_size"] % mesh.shape["data"]:
     raise UserError(f"config.train.batch_size: got {config['train']['batch_size']}, allowed is a "
                     f"multiple of the {mesh.shape['data']} devices of mesh.data")
-  overrides = config.get("phases") or [{}]
-  if len(overrides) > 1 and sum(p.get("steps", 0) for p in overrides) != config["train"]["steps"]:
-    raise UserError("the steps of config.phases must add up to train.steps="
-                    f"{config['train']['steps']}, got {[p.get('steps') for p in overrides]}")
-  stretches = _stretches(overrides, config["train"]["steps"])
-  phases = []
-  for override, (steps, stretch, fresh) in zip(overrides, stretches):
+  overrides, phases = config.get("phases") or [{"steps": config["train"]["steps"]}], []
+  for override, (steps, stretch, fresh) in zip(overrides, _stretches(overrides)):
     merged = _merge(config, {k: v for k, v in override.items() if k not in ("steps", "enter")})
-    for group, known in GROUPS.items():
-      if known:
-        check_fields(merged[group], dict.fromkeys(known), group)
+    _check(merged)
     enter = by_path(override["enter"], "transition") if override.get("enter") else None
-    phases.append(training.Phase(steps, _step(merged, dataset, mesh, stretch), enter, fresh))
-  return Run(config, dataset, tuple(phases))
+    step = _step(merged, dataset, mesh, stretch)
+    if step.recipe.teacher == "frozen" and not phases and not enter:
+      raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
+                      "put a phase before it, or name the phase's `enter` that sets a teacher")
+    phases.append(training.Phase(steps, step, enter, fresh))
+  return Run(config, dataset, _batches(config, dataset), tuple(phases))
 
 
-def _stretches(phases: Sequence[Mapping], total: int) -> list[tuple[int, int, bool]]:
+def _check(config: Mapping[str, Any]) -> None:
+  """Every key is known, and those without which nothing can be built are there."""
+  check_fields(config, {"seed": 0, "phases": (), **GROUPS}, "")
+  for group, known in GROUPS.items():
+    if group not in config:
+      raise UserError(f"config.{group} is missing")
+    if known:
+      check_fields(config[group], dict.fromkeys(known), group)
+    for key in REQUIRED.get(group, ()):
+      if config[group].get(key) in (None, ""):
+        raise UserError(f"config.{group}.{key} is missing")
+  for part in ("sampler", "objective"):
+    if not config["recipe"][part].get("name"):
+      raise UserError(f"config.recipe.{part}.name is missing")
+  for key, least in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1),
+                     ("eval_every", 0)):
+    value = config["train"][key] if key in config["train"] else None
+    if not isinstance(value, int) or value < least:
+      raise UserError(f"config.train.{key}: got {value}, allowed is a whole number of at least {least}")
+  phases, total = config.get("phases") or (), config["train"]["steps"]
+  for phase in phases:
+    check_fields(phase, dict.fromkeys(("steps", "enter", "model", "space", "recipe", "optim")), "phases")
+  if phases and sum(phase.get("steps") or 0 for phase in phases) != total:
+    raise UserError(f"the steps of config.phases must add up to train.steps={total}, got "
+                    f"{[phase.get('steps') for phase in phases]}")
+
+
+def _stretches(phases: Sequence[Mapping]) -> list[tuple[int, int, bool]]:
   """For each phase: its steps, those of the optimizer that it runs under, whether that begins here."""
-  steps = [p.get("steps", total) for p in phases]
+  steps = [p["steps"] for p in phases]
   begins = [i for i, p in enumerate(phases) if i == 0 or "optim" in p]
   lengths = {b: sum(steps[b:e]) for b, e in zip(begins, [*begins[1:], len(phases)])}
   return [(n, lengths[max(b for b in begins if b <= i)], i in begins[1:]) for i, n in enumerate(steps)]
@@ -132,10 +158,10 @@ def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
     fields.setdefault("classes", dataset.classes)
   model = make_module(made, {k: v for k, v in fields.items() if v is not None})
   space = Space(**_space(config["space"], tuple(f.name for f in dataclasses.fields(made))))
-  alone = config["recipe"].get("subnet")
-  if alone or config["recipe"].get("name") == "separate":
-    member = space.subnet(alone) if alone else space.largest
-    model, space = model.clone(**member), Space(**{axis: (size,) for axis, size in member.items()})
+  if "subnet" in config["recipe"]:
+    member = space.subnet(config["recipe"]["subnet"])
+    model = model.clone(**member)
+    space = Space(couple={" ".join(member): [tuple(member.values())]})
   return _shared_supernet(model, space, (jax.ShapeDtypeStruct((1, *dataset.shape), jnp.float32),))
 
 
@@ -150,14 +176,6 @@ def _space(config: Mapping[str, Any], fields: tuple[str, ...]) -> dict[str, Any]
   if isinstance(options.get("constraint"), str):
     options["constraint"] = by_path(options["constraint"], "constraint")
   return options
-
-
-def _check_train(train: Mapping[str, Any]) -> None:
-  for key, least in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1),
-                     ("eval_every", 0)):
-    value = train.get(key)
-    if not isinstance(value, int) or value < least:
-      raise UserError(f"config.train.{key}: got {value}, allowed is a whole number of at least {least}")
 
 
 def _merge(base: Any, override: Any) -> Any:
@@ -175,9 +193,7 @@ def plain(config: Any) -> Any:
   return [plain(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
-def batches(run: Run) -> Batches:
-  """The training batches of a run, this process's share."""
-  data, train_config = run.config["data"], run.config["train"]
-  return Batches(
-    run.dataset, "train", train_config["batch_size"], run.config.get("seed", 0),
-    augmentation(data.get("augment", "none")), jax.process_index(), jax.process_count())
+def _batches(config: Mapping[str, Any], dataset: Dataset) -> Batches:
+  data = config["data"]
+  return Batches(dataset, "train", config["train"]["batch_size"], config.get("seed", 0),
+                 augmentation(data.get("augment", "none")), jax.process_index(), jax.process_count())

@@ -120,7 +120,7 @@ def _families(configs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], lis
   for config in map(build.plain, configs):
     whole = config
     if config["recipe"]["name"] == BASELINE:
-      whole = config | {"recipe": config["recipe"] | {"name": "truncate", "subnet": ""}}
+      whole = config | {"recipe": {k: v for k, v in config["recipe"].items() if k != "subnet"}}
     space = build.build(whole).supernet.space
     if not space.pool and space.size > FIXED_LIMIT:
       raise UserError(f"the space of {config['recipe']['name']} has {space.size} members and no pool; "
@@ -216,7 +216,7 @@ def _settled(tasks: Sequence[Task]) -> None:
   for task in tasks:
     if task.workdir.exists():
       # Only the config is compared; building every run would take longer than many of them.
-      runs.settle(build.Run(task.config, None, ()), task.workdir)
+      runs.settle(task.config, task.workdir)
 
 
 def gather(tasks: Sequence[Task], budgets: Sequence[str] = BUDGETS) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from nestnet.data import arrays
 from nestnet.evaluators.classification import classification
 from nestnet.execution import Supernet
 from nestnet.logs import Progress
-from nestnet.space import Space
+from nestnet.space import ENUMERABLE, Space, volume
 from nestnet.steps import Step, TrainState
 from nestnet.subnet import Subnet
 
@@ -26,12 +26,14 @@ def evaluated(space: Space) -> list[Subnet]:
   """The whole space where it has at most 64 members; else a sample of 64, spread over the cost."""
   if space.size <= LISTED:
     return list(space)
-  members = dict.fromkeys([space.smallest, space.largest, *space.pool])
-  for draw in range(50 * LISTED):
-    if len(members) >= LISTED:
-      break
-    members[space.without_pool().sample(draw, by="cost")] = None
-  return list(members)
+  if not space.constraint and space.size <= ENUMERABLE:
+    every = list(space)
+    spread = [every[round(i * (len(every) - 1) / (LISTED - 1))] for i in range(LISTED)]
+  else:
+    whole = space.without_pool()
+    spread = [whole.sample(draw, by="cost") for draw in range(LISTED)]
+  members = dict.fromkeys([space.smallest, space.largest, *space.pool, *spread])
+  return sorted(list(members)[:LISTED], key=volume)
 
 
 def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Sequence[str] = (
@@ -42,7 +44,7 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
   (`validation_accuracy`).
   """
   data = {split: arrays(run.dataset, split) for split in splits}
-  spent = budget(run)
+  spent = budget(run, int(state.step))
   progress = Progress(len(subnets := list(subnets)), label="evaluate") if show_progress else None
   rows = []
   for subnet in subnets:
@@ -66,18 +68,24 @@ def costs(supernet: Supernet, subnet: Subnet) -> dict[str, int]:
           "flops": cost.flops(module, *supernet.inputs)}
 
 
-def budget(run: Run) -> dict[str, Any]:
-  """What training took: steps, images seen, FLOPs of all forward and backward passes, the seed."""
+def budget(run: Run, steps: int) -> dict[str, Any]:
+  """What the first `steps` steps took: images seen, FLOPs of all passes of the network, the seed."""
   batch_size, flops, start = run.config["train"]["batch_size"], 0, 0
   for phase in run.phases:
-    flops += sum(map(step_flops(phase.step), range(start, start + phase.steps)))
-    start += phase.steps
-  return {"steps": run.steps, "images": run.steps * batch_size, "train_flops": int(flops * batch_size),
+    end = start + phase.steps
+    flops += sum(map(step_flops(phase.step), range(start, min(end, steps))))
+    start = end
+  return {"steps": steps, "images": steps * batch_size, "train_flops": int(flops * batch_size),
           "seed": run.config.get("seed", 0)}
 
 
 def step_flops(step: Step) -> Callable[[int], int]:
-  """The function from a step's number to its FLOPs, all passes, for one image of the batch."""
+  """The function from a step's number to its FLOPs, all passes, for one image of the batch.
+
+  The passes of the networks are counted, as the objective runs them by default: one forward of each
+  and its derivative. What an objective adds of its own (heads, losses) is left out. Among
+  candidates the first stands for the one that trains.
+  """
   supernet, sampler = step.supernet, step.recipe.sampler
 
   @functools.cache

@@ -49,6 +49,9 @@ class Supernet:
                           f"{axis}={choice}")
     for member in {self.space.smallest, self.space.largest, *self.space.pool}:
       self.check(member)
+    if "batch_stats" in self.shapes:
+      raise UserError(f"{name} keeps running statistics (batch_stats), which belong to one "
+                      "sub-network and are not trained here; use LayerNorm or GroupNorm")
 
   @functools.cached_property
   def axes(self) -> dict[str, Any]:

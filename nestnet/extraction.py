@@ -40,6 +40,9 @@ def choose(rows: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> M
     >>> choose(rows, {"params": 15})["params"]
     10
   """
+  if not all("validation_accuracy" in row for row in rows) or not rows:
+    raise UserError("the evaluated sub-networks have no validation accuracy to choose by; evaluate anew: "
+                    "python -m experiments.evaluate")
   fitting = [r for r in rows if all(r[name] <= limit for name, limit in budgets.items())]
   if not fitting:
     wanted = ", ".join(f"{name} of at most {limit:g}" for name, limit in budgets.items())
@@ -91,6 +94,9 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
     row = evaluation.evaluate(run, state, [run.supernet.space.subnet(subnet)])[0]
   else:
     rows = report.read_rows(pathlib.Path(workdir) / "subnets.json")
+    if any(row.get("steps") != step for row in rows):
+      raise UserError(f"{workdir}/subnets.json was not made at step {step}, where the run stands; first: "
+                      f"python -m experiments.evaluate --workdir={workdir}")
     if "latency_ms" in budgets:
       rows = latencies(run, state, rows)
     row = dict(choose(rows, budgets))

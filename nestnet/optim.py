@@ -47,6 +47,10 @@ def optimizer(name: str, rate: optax.Schedule, weight_decay: float = 0.0, clip_n
     b1: First decay of Adam.
     b2: Second decay of Adam.
   """
+  if min(weight_decay, clip_norm) < 0 or not all(0 <= b < 1 for b in (b1, b2, momentum)):
+    raise UserError(f"optim: weight_decay={weight_decay}, clip_norm={clip_norm}, momentum={momentum}, "
+                    f"b1={b1}, b2={b2}; allowed: at least 0, and [0, 1) for the last three")
+
   def make(mask):
     rules = {
       "adamw": lambda: [optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)],

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nestnet import charts, evaluation, report, training
-from nestnet.build import Run, batches, build, plain
+from nestnet.build import Run, build
 from nestnet.errors import MissingFileError, UserError
+from nestnet.checkpoint import Checkpoints
 from nestnet.files import atomic_write
 from nestnet.steps import TrainState
 
@@ -33,7 +34,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progr
     nestnet.training.NonFinite: Training diverged.
   """
   workdir, run = pathlib.Path(workdir), build(config)
-  settle(run, workdir)
+  settle(run.config, workdir)
   if (workdir / "done").exists():
     return True
   state = trained(run, workdir, show_progress)
@@ -52,13 +53,13 @@ def trained(run: Run, workdir: pathlib.Path, show_progress: bool = True) -> Trai
   """The state with which training ends, in a folder that is settled; None after SIGTERM."""
   options = run.config["train"]
   outcome = training.train(
-    run.phases, batches(run), workdir, checkpoint_every=options["checkpoint_every"],
+    run.phases, run.batches, workdir, checkpoint_every=options["checkpoint_every"],
     log_every=options["log_every"], eval_every=options["eval_every"],
     evaluate=functools.partial(evaluation.watch, run), show_progress=show_progress)
   return outcome.state if outcome.finished else None
 
 
-def settle(run: Run, workdir: pathlib.Path) -> None:
+def settle(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
   """Writes `config.json`, or checks that the one in `workdir` is of the same run.
 
   Raises:
@@ -68,19 +69,24 @@ def settle(run: Run, workdir: pathlib.Path) -> None:
   if not path.exists():
     if workdir.exists() and any(workdir.iterdir()):
       raise UserError(f"{workdir} is not empty and holds no config.json; name an empty folder")
-    atomic_write(path, _dump({"config": run.config, "changes": []}))
+    atomic_write(path, _dump({"config": config, "changes": []}))
     return
   saved = _load(path)
-  old, new = _flatten(saved["config"]), _flatten(plain(run.config))
+  old, new = _flatten(saved["config"]), _flatten(config)
   differing = {k: [old.get(k), new.get(k)] for k in sorted(old | new) if old.get(k) != new.get(k)}
   refused = [k for k in differing if not any(k == m or k.startswith(m + ".") for m in MAY_DIFFER)]
   if refused:
     lines = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} asked for" for k in refused)
     raise UserError(f"{workdir} holds a run of another config; name another workdir, or undo:\n{lines}\n"
                     f"({', '.join(MAY_DIFFER)} may differ)")
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    made = max(checkpoints.steps, default=0)
+  if made > config["train"]["steps"]:
+    raise UserError(f"{workdir} is at step {made}, train.steps is {config['train']['steps']}; allowed is "
+                    "at least as many")
   if differing:
     (workdir / "done").unlink(missing_ok=True)
-    atomic_write(path, _dump({"config": run.config, "changes": [*saved["changes"], differing]}))
+    atomic_write(path, _dump({"config": config, "changes": [*saved["changes"], differing]}))
 
 
 def opened(workdir: str | os.PathLike[str]) -> tuple[Run, int, TrainState]:
@@ -93,7 +99,8 @@ def opened(workdir: str | os.PathLike[str]) -> tuple[Run, int, TrainState]:
   workdir = pathlib.Path(workdir)
   if not (workdir / "config.json").is_file():
     raise MissingFileError(f"no run in {workdir}: config.json is missing")
-  run = build(_load(workdir / "config.json")["config"])
+  # Whatever trained it, one device looks at it.
+  run = build(_load(workdir / "config.json")["config"] | {"mesh": {"data": 1}})
   found = training.restore(run.phases, workdir)
   if found is None:
     raise MissingFileError(f"no checkpoint in {workdir / 'checkpoints'}; train first: python -m "

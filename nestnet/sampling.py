@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nestnet.errors import UserError, one_of
+from nestnet.imports import by_path
 from nestnet.space import Space
 from nestnet.subnet import Subnet
 
 FIXED_LIMIT = 8
+# Keeps the draws apart from those of the data, which has streams of its own.
+_STREAM = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +49,27 @@ class Sampler:
 
 
 def sampler(name: str, space: Space, seed: int = 0, **options) -> Sampler:
-  """The sampler called `name`, with its options.
+  """The sampler called `name` with its options; a user's own by import path.
 
   Raises:
     ValueError: An unknown name or option, with the known ones.
   """
   known = {f.__name__: f for f in (largest, sandwich, sorted_nested, joint, sampled)}
-  if name not in known:
-    raise one_of("sampler", name, known)
-  accepted = known[name].__kwdefaults__ or {}
+  if ":" not in name and name not in known:
+    raise one_of("sampler", name, (*known, "package.module:function"))
+  make = by_path(name, "sampler") if ":" in name else known[name]
+  accepted = make.__kwdefaults__ or {}
   for option in options:
     if option not in accepted:
       raise one_of(f"option of the sampler {name}", option, accepted)
-  return known[name](space, seed, **options)
+  for option in ("random", "candidates", "n"):
+    if options.get(option, 1) < (option != "random"):
+      raise UserError(f"sampler {name}: {option}={options[option]}; allowed is at least "
+                      f"{int(option != 'random')}")
+  made = make(space, seed, **options)
+  # A wrong option of the drawing itself is said here too, not at the first step.
+  made.terms(0)
+  return made
 
 
 def largest(space: Space, seed: int) -> Sampler:
@@ -87,7 +98,8 @@ def sandwich(space: Space, seed: int, *, random: int = 2, candidates: int = 1, r
   regularised = regularise == "all"
 
   def terms(step):
-    drawn = (tuple(space.sample((seed, step, i, j), by=by) for j in range(candidates))
+    drawn = (tuple(space.sample((_STREAM, seed, step, 1 + i, 1 + j), by=by)
+                     for j in range(candidates))
              for i in range(random))
     small = (*drawn, (space.smallest,))
     return _weighted(reduce, (Term((space.largest,)), *(
@@ -100,7 +112,7 @@ def sorted_nested(space: Space, seed: int, *, n: int = 4, reduce: str = "sum",
                   by: str = "choices") -> Sampler:
   """`n` random nested members whose gradients accumulate, labels only (SortedNet, 2309.00255)."""
   return Sampler(lambda step: _weighted(reduce, tuple(
-    Term((space.sample((seed, step, i), by=by),)) for i in range(n))))
+    Term((space.sample((_STREAM, seed, step, 1 + i), by=by),)) for i in range(n))))
 
 
 def joint(space: Space, seed: int, *, members: Sequence[str] = (), reduce: str = "sum") -> Sampler:
@@ -134,7 +146,7 @@ def sampled(space: Space, seed: int, *, members: Sequence[str] = (),
   p /= p.sum()
 
   def terms(step):
-    index = np.random.default_rng((seed, step)).choice(len(p), p=p)
+    index = np.random.default_rng((_STREAM, seed, step)).choice(len(p), p=p)
     return (Term((granularities[index],)),)
 
   return Sampler(terms)

@@ -89,7 +89,7 @@ def scatter(small: Any, axes: Any, subnet: Subnet, like: Any, groups: Groups | N
   """
   plain = jax.tree.map(
     lambda a: dataclasses.replace(Axes.of(a), rule=None), axes, is_leaf=is_axes)
-  return jax.linear_transpose(lambda full: take(full, plain, subnet, groups), like)(small)[0]
+  return jax.linear_transpose(lambda full: take(full, plain, subnet, groups, strict=False), like)(small)[0]
 
 
 def _take(tree, axes, subnet, groups, path):

@@ -339,7 +339,7 @@ class Space:
       other.to_json(), other.constraint)
 
   def __hash__(self) -> int:
-    return hash((self.axes, self.size))
+    return hash((self.axes, tuple(self._factors.items()), tuple(self._free.items())))
 
   def __repr__(self) -> str:
     return f"Space({', '.join(f'{k}={v}' for k, v in self.to_json().items())})"

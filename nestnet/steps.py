@@ -259,7 +259,7 @@ class Step:
   def _touched(self, trained, subnet):
     """Which weights a sub-network uses, a tree of booleans."""
     groups = self.supernet.space.groups
-    small = jax.eval_shape(lambda t: take(t, self.axes, subnet, groups), trained)
+    small = jax.eval_shape(lambda t: take(t, self.axes, subnet, groups, strict=False), trained)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), small)
     return jax.tree.map(lambda x: x > 0, scatter(ones, self.axes, subnet, trained, groups))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 from nestnet.checkpoint import Checkpoints
-from nestnet.errors import Failure, UserError
+from nestnet.errors import Failure
 from nestnet.logs import Logs, Progress
 from nestnet.sharding import put_batch
 from nestnet.steps import Step, TrainState
@@ -76,20 +77,12 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
     NonFinite: The loss or the gradient norm is infinite or no number.
     ValueError: The checkpoints in `workdir` belong to another model or to a longer run.
   """
-  ends = [sum(p.steps for p in phases[:i + 1]) for i in range(len(phases))]
+  ends = _ends(phases)
   total = ends[-1]
-
-  def phase_at(step: int) -> int:
-    """The phase whose state stands after `step` updates; transitions come after the save."""
-    return next(i for i, end in enumerate(ends) if step <= end)
-
   with Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
-    if checkpoints.steps and checkpoints.steps[-1] > total:
-      raise UserError(f"{workdir} is at step {checkpoints.steps[-1]}, train.steps is {total}; "
-                      "allowed is at least as many")
-    restored = checkpoints.restore(lambda step: phases[phase_at(step)].step.abstract())
+    restored = checkpoints.restore(lambda step: phases[_phase_at(step, ends)].step.abstract())
     start, state = restored or (0, phases[0].step.init())
-    current = phase_at(start)
+    current = _phase_at(start, ends)
     if start == 0 and restored is None and phases[0].enter:
       state = phases[0].enter(state)
     with _Stop() as stop:
@@ -110,12 +103,16 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
             _report(*pending, logs, log_every, progress)
           pending = (done, metrics)
           stopping = stop.requested
-          if done % checkpoint_every == 0 or done == total or stopping:
+          saves = done % checkpoint_every == 0 or done == total or stopping
+          evaluates = evaluate and eval_every and done % eval_every == 0 and done < total
+          if saves or evaluates:
             _report(*pending, logs, log_every, progress)
             pending = None
-            checkpoints.save(done, state)
-          if evaluate and eval_every and (done % eval_every == 0) and done < total:
+          # Rows come before the checkpoint that vouches for them.
+          if evaluates:
             logs.write(done, evaluate(phase.step, state))
+          if saves:
+            checkpoints.save(done, state)
           if stopping:
             return Outcome(state, done == total)
       finally:
@@ -127,10 +124,19 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
 
 def restore(phases: Sequence[Phase], workdir: str | os.PathLike[str]) -> tuple[int, TrainState] | None:
   """The newest intact state in `workdir` and its step, or None where there is none."""
-  ends = [sum(p.steps for p in phases[:i + 1]) for i in range(len(phases))]
+  ends = _ends(phases)
   with Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
-    return checkpoints.restore(lambda step: phases[next(
-      (i for i, end in enumerate(ends) if step <= end), len(phases) - 1)].step.abstract())
+    return checkpoints.restore(lambda step: phases[_phase_at(step, ends)].step.abstract())
+
+
+def _ends(phases: Sequence[Phase]) -> list[int]:
+  """The number of updates made when each phase ends."""
+  return list(itertools.accumulate(phase.steps for phase in phases))
+
+
+def _phase_at(step: int, ends: Sequence[int]) -> int:
+  """The phase whose state stands after `step` updates; transitions come after the save."""
+  return next((i for i, end in enumerate(ends) if step <= end), len(ends) - 1)
 
 
 def _enter(phase: Phase, state: TrainState) -> TrainState:

@@ -36,7 +36,7 @@ def test_equal_flops_are_the_sum_of_the_separate_runs(tmp_path):
                       for b in ("equal steps", "equal FLOPs"))
       assert steps.steps == 200 and flops.sizes == SIZES
       # The planned count is the one that the run itself reports.
-      assert evaluation.budget(build.build(flops.config))["train_flops"] == pytest.approx(
+      assert evaluation.budget(build.build(flops.config), flops.steps)["train_flops"] == pytest.approx(
         sum(t.train_flops for t in alone), rel=0.01)
   assert len({task.workdir for task in tasks}) == len(tasks)
 

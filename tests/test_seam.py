@@ -167,7 +167,7 @@ def test_metrics_are_those_of_the_first_sub_network(tmp_path):
 def test_centre_and_average_follow_their_definitions():
   """One update against the method's own words: the mean of the teacher's logits, its decay."""
   run = build.build(config("centred"))
-  step, batch = run.step, build.batches(run)[0]
+  step, batch = run.step, run.batches[0]
   state = step.init()
   model = step.supernet.model
   params = jax.device_get(state.trained["model"])

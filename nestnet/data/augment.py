@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from nestnet import errors
+from nestnet import imports
 from nestnet.data import pipeline
-from nestnet.data import sources
 
 SHIFT_PIXELS = 0.5
 ROTATION_DEGREES = 8.0
@@ -113,7 +113,7 @@ def by_name(name: str) -> pipeline.Augment | None:
     if name not in NAMED:
       raise errors.one_of("augmentation", name, [*NAMED, "package.module:function"])
     return NAMED[name]
-  function = sources.by_path(name, "augmentation")
+  function = imports.by_path(name, "augmentation")
   if not callable(function):
     raise errors.UserError(
         f"augmentation {name!r}: got {type(function).__name__}, allowed: a function")

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import importlib
 import os
 import pathlib
 import re
@@ -22,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from nestnet import errors
+from nestnet import imports
 from nestnet.data import digits
 
 SPLITS = ("train", "validation", "test")
@@ -176,37 +176,6 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
   return _prepared(name, pathlib.Path(data_dir).expanduser())
 
 
-def by_path(path: str, what: str) -> Any:
-  """Returns the object that an import path `package.module:Name` names.
-
-  Args:
-    path: The import path.
-    what: What messages call it, e.g. `data set`.
-
-  Raises:
-    errors.UserError: If there is no such module or no such name in it.
-
-  Example:
-
-  >>> by_path("math:gcd", "function")(12, 18)
-  6
-  """
-  module_name, _, attribute = path.partition(":")
-  try:
-    module = importlib.import_module(module_name)
-  except ModuleNotFoundError as error:
-    # A missing import inside the user's module is the user's to see whole.
-    if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-      raise
-    raise errors.UserError(
-        f"{what} {path!r}: no module {error.name!r}; allowed: package.module:Name, importable from"
-        f" {os.getcwd()} or PYTHONPATH") from error
-  if not hasattr(module, attribute):
-    names = [name for name in vars(module) if not name.startswith("_")]
-    raise errors.one_of(f"{what} in {module_name}", attribute, names)
-  return getattr(module, attribute)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Rows(Sequence):
   """Some rows of a sequence."""
@@ -222,7 +191,7 @@ class _Rows(Sequence):
 
 
 def _own(name: str) -> Dataset:
-  made = by_path(name, "data set")
+  made = imports.by_path(name, "data set")
   if not callable(made):
     raise errors.UserError(
         f"data set {name!r}: got {type(made).__name__}, allowed: a class or function that is called"

@@ -61,6 +61,12 @@ class ViT(nn.Module):
   param_dtype: Any = jnp.float32
 
   def __post_init__(self):
+    counts = {"patch": self.patch, "embed": self.embed, "heads": self.heads, "layers": self.layers}
+    for field, value in counts.items():
+      if isinstance(value, int) and value < 1:
+        raise UserError(f"ViT: {field}={value}; allowed is at least 1")
+    if not 0 <= self.drop_path < 1 or not 0 <= self.dropout < 1:
+      raise UserError(f"ViT: drop_path={self.drop_path}, dropout={self.dropout}; allowed is [0, 1)")
     if self.head_dim is None:
       if isinstance(self.heads, tuple) or self.embed % self.heads:
         raise UserError(f"ViT: embed={self.embed} does not divide into heads={self.heads}; "
@@ -94,7 +100,7 @@ class ViT(nn.Module):
     x = Linear("patch_height patch_width channels -> embed", (self.embed,), name="patch", **dtypes)(
       self._patches(images))
     if self.pool == "token":
-      cls = self.param("token", axes(nn.initializers.zeros, "1 -> embed"), (1, self.embed),
+      cls = self.param("token", axes(nn.initializers.zeros, "-> 1 embed"), (1, self.embed),
                        self.param_dtype)
       cls = jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.embed))
       x = jnp.concatenate([cls, x], axis=1)

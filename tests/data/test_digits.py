@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from sklearn import datasets
+from sklearn.neighbors import KNeighborsClassifier
 
 from nestnet import data
 from nestnet.data import digits
@@ -111,3 +112,13 @@ def test_processes_may_prepare_at_once(tmp_path):
   assert [worker.exitcode for worker in workers] == [0, 0]
   assert [results.get() for _ in workers] == [1257, 1257]
   assert os.listdir(tmp_path / "digits") == ["1.0.0"]
+
+
+def test_clutter_is_as_hard_for_pixel_neighbours_as_stated(data_dir):
+  """The figure in the docstring of `DigitsClutter`, above which sizes of networks are told apart."""
+  dataset = data.load("digits_clutter", data_dir)
+  train, test = (data.arrays(dataset, split) for split in ("train", "test"))
+  flat = lambda images: images.reshape(len(images), -1)
+  neighbours = KNeighborsClassifier(10).fit(flat(train["image"]), train["label"])
+  accuracy = 100 * neighbours.score(flat(test["image"]), test["label"])
+  assert f"(k = 10)   {accuracy:.1f}" in digits.DigitsClutter.__doc__
