@@ -26,8 +26,11 @@ from nestnet import build, evaluation, report
 from nestnet.data import Batches
 from nestnet.errors import UserError
 from nestnet.files import atomic_write
+from nestnet.jobs import cores
+from nestnet.recipes import recipe
 from nestnet.sampling import FIXED_LIMIT, Sampler, Term, sampler
 from nestnet.sharding import put_batch
+from nestnet.space import volume
 from nestnet.steps import Step
 
 BAR = 1.05
@@ -95,11 +98,13 @@ def ratio(own: Call, base: Call | Sequence[Call], pairs: int, clock: Callable[[]
 def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20) -> dict[str, Any]:
   """Measures every member of the pool (of the space, where it has none and is small).
 
-  A slice's step is a gradient program and an update program, as random samplers run it; the
-  stand-alone network's and the joint step are one program each.
+  A slice's step is a gradient program and an update program, as random samplers run it. The
+  stand-alone network's is one program, and so is the joint step of up to 8 members; that of more is
+  a gradient program for each and an update program, as `Step` runs it.
 
   Args:
-    config: As `build.build` takes it; the recipe's sampler does not matter.
+    config: As `build.build` takes it; the recipe does not matter: all learn from labels alone, by
+      `classification`.
     batch_size: In images; by default the config's, doubled until the smallest network's step takes
       50 ms.
     pairs: Pairs for each ratio.
@@ -108,14 +113,15 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20) -> di
     `hardware`, `batch_size`, `pairs`, `bar`, `slices` (a list of `subnet`, `params` and the fields
     of `Ratio`, and the time of the update of all the supernet's weights) and `joint`.
   """
-  config = build.plain(config) | {"phases": []}
+  config = build.plain(config) | {"phases": [], "recipe": recipe("truncate")}
   run = build.build(config)
   space = run.supernet.space
   if not space.pool and space.size > FIXED_LIMIT:
     raise UserError(f"the space has {space.size} members and no pool; name what to measure in "
                     "space.pool")
-  members = list(space.pool or space)
-  alone = {member: build.build(_separate(config, member)) for member in members}
+  members = sorted(space.pool or space, key=volume)
+  alone = {member: build.build(config | {"recipe": recipe("separate", subnet=str(member))})
+           for member in members}
   chosen = bool(batch_size)
   batch_size = batch_size or config["train"]["batch_size"]
   while True:
@@ -137,11 +143,6 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20) -> di
   together = {"members": names, **dataclasses.asdict(ratio(joint, list(bases.values()), pairs))}
   return {"hardware": hardware(), "batch_size": batch_size, "pairs": pairs, "bar": BAR, "slices": slices,
           "joint": together}
-
-
-def _separate(config: dict[str, Any], member: Any) -> dict[str, Any]:
-  return config | {"recipe": config["recipe"] | {
-    "name": "separate", "subnet": str(member), "sampler": {"name": "largest"}}}
 
 
 def _with(run: build.Run, chosen: Sampler) -> Step:
@@ -202,14 +203,11 @@ def table(found: Mapping[str, Any]) -> str:
     lines.append((row["subnet"], report.human(row["params"]), *_cells(row),
                   f"{row['own_update_ms']:.2f}, {row['update_ms']:.2f}"))
   lines.append((f"joint, all {len(found['joint']['members'])}", "", *_cells(found["joint"]), ""))
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-          for line in lines]
   bar = found["bar"]
   medians = (("slice / stand-alone, highest median", max(row["median"] for row in found["slices"])),
              ("joint / sum, median", found["joint"]["median"]))
   return "\n".join([
-    *text, "", f"batch {found['batch_size']}, {found['pairs']} interleaved pairs, {found['hardware']}",
+    report.aligned(lines), "", f"batch {found['batch_size']}, {found['pairs']} interleaved pairs, {found['hardware']}",
     *(f"{what}: {value:.3f}, bar {bar}: {'met' if value <= bar else 'NOT met'}"
       for what, value in medians)])
 
@@ -230,8 +228,7 @@ def hardware() -> str:
   models = [line.partition(":")[2].strip() for line in info.read_text().splitlines()
             if line.startswith("model name")] if info.exists() else []
   processor = models[0] if models else platform.processor() or platform.machine()
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   devices = "" if jax.default_backend() == "cpu" else (
     f", {jax.device_count()} x {jax.devices()[0].device_kind}")
-  return (f"{processor}, {cores} cores{devices}; Python {'.'.join(map(str, sys.version_info[:3]))}, "
+  return (f"{processor}, {len(cores())} cores{devices}; Python {'.'.join(map(str, sys.version_info[:3]))}, "
           f"jax {jax.__version__}, flax {flax.__version__}")

@@ -16,7 +16,7 @@ from nestnet.data import Batches, Dataset, augmentation, load
 from nestnet.errors import UserError
 from nestnet.execution import Supernet
 from nestnet.imports import by_path
-from nestnet.interop.folder import make_module
+from nestnet.interop.folder import make_module, module_fields
 from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
@@ -157,6 +157,8 @@ def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
   if "classes" in {f.name for f in dataclasses.fields(made)}:
     fields.setdefault("classes", dataset.classes)
   model = make_module(made, {k: v for k, v in fields.items() if v is not None})
+  # What could not be written at extraction is said before training.
+  module_fields(model)
   space = Space(**_space(config["space"], tuple(f.name for f in dataclasses.fields(made))))
   if "subnet" in config["recipe"]:
     member = space.subnet(config["recipe"]["subnet"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 import io
 import itertools
 import os
@@ -27,6 +27,9 @@ def pareto_chart(
     metric: str = "accuracy", title: str = "One network, many sizes", budget: str = "") -> None:
   """Draws accuracy against cost for every subnet, and the front of the best.
 
+  Where every row has the metric on the validation split too (`validation_accuracy`), that decides
+  which subnets are the front.
+
   Args:
     path: the PNG to replace.
     rows: at least one row.
@@ -40,7 +43,7 @@ def pareto_chart(
   """
   if not rows:
     raise ValueError("a chart needs at least one row, got none")
-  front = report.pareto(rows, cost, metric)
+  front = _front(rows, cost, metric)
   chart = figure.Figure(figsize=(7.2, 4.6), layout="constrained")
   axes = chart.subplots()
   for subset, style, look in (
@@ -62,8 +65,7 @@ def pareto_chart(
 
 def compare_chart(
     path: str | os.PathLike[str], results: Sequence[report.Result],
-    title: str = "Accuracy against size", caption: str = "",
-    labels: Mapping[str, str] | None = None) -> None:
+    title: str = "Accuracy against size", caption: str = "") -> None:
   """Draws accuracy against parameters, one panel for each budget, one line for each recipe.
 
   Bars are 95% intervals over seeds. Where a few points lie so low that the others could not be told
@@ -74,14 +76,12 @@ def compare_chart(
     results: as `report.compare_table` takes them.
     title: heading.
     caption: what was spent (steps, images, seeds), below the panels.
-    labels: plain words for the legend, by recipe; default: the recipe's name.
 
   Raises:
     ValueError: no results, or two of the same recipe, budget and subnet.
   """
   grids = report.by_budget(results)
   recipes = list(dict.fromkeys(result.recipe for result in results))
-  words = {recipe: (labels or {}).get(recipe, recipe.replace("_", " ")) for recipe in recipes}
   lines = {(budget, recipe): [(result.params, *_percent(result)) for result in grid.of(recipe)]
            for budget, grid in grids.items() for recipe in grid.recipes}
   floor, top = _limits(grids.values())
@@ -101,7 +101,7 @@ def compare_chart(
       costs, means, halves = zip(*lines[budget, recipe])
       costs = [dodges[index] * cost for cost in costs]
       colour = _COLOURS[index % len(_COLOURS)]
-      handles[words[recipe]] = axes.errorbar(
+      handles[recipe.replace("_", " ")] = axes.errorbar(
           costs, means, halves, color=colour, marker=_MARKERS[index % len(_MARKERS)], markersize=5,
           linewidth=1.4, elinewidth=1, capsize=2.5)
       below = [(cost, mean) for cost, mean in zip(costs, means) if mean < floor]
@@ -117,6 +117,13 @@ def compare_chart(
               ncols=min(len(handles), 2 * len(grids)), fontsize=9)
   note = "▾ marks means below the panel." if cut else ""
   _finish(chart, path, title, " ".join(filter(None, (caption, note))))
+
+
+def _front(rows: Sequence[report.Row], cost: str, metric: str) -> list[report.Row]:
+  """The rows that no other beats, by the validation split where all have it."""
+  chosen = f"validation_{metric}"
+  both = all(chosen in row and metric in row for row in rows)
+  return report.pareto(rows, cost, chosen if both else metric)
 
 
 def _percent(result: report.Result) -> tuple[float, float]:

@@ -6,7 +6,7 @@ that another model's checkpoint is refused instead of being cut or padded with z
 back to an older checkpoint when the newest is damaged.
 
 A step holds two items: `state` (the arrays by name, their checksums, `files.json`) and `record`
-(what every leaf is, Python scalars, the caller's `extra`).
+(what every leaf is, and Python scalars).
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Checkpoints:
     >>> import tempfile
     >>> directory = tempfile.mkdtemp()
     >>> with Checkpoints(directory) as checkpoints:
-    ...   checkpoints.save(7, {"w": jnp.arange(3.0)}, extra={"seed": 1})
+    ...   checkpoints.save(7, {"w": jnp.arange(3.0)})
     >>> with Checkpoints(directory) as checkpoints:
     ...   step, state = checkpoints.restore({"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
     >>> step, state["w"]
@@ -158,7 +158,7 @@ class Checkpoints:
     """Waits until the last save is on disk; raises what made it fail."""
     self._manager.wait_until_finished()
 
-  def save(self, step: int, state: PyTree, extra: Mapping[str, Any] | None = None) -> None:
+  def save(self, step: int, state: PyTree) -> None:
     """Starts to save a state and returns; waits first where the previous save is still running.
 
     The state's buffers may be donated as soon as this returns. A checkpoint of the same step is
@@ -167,7 +167,6 @@ class Checkpoints:
     Args:
       step: the step that the state has completed.
       state: a pytree of arrays, sharded in any way, random keys and Python scalars.
-      extra: what else belongs to the step, as JSON.
 
     Raises:
       ValueError: two leaves have the same path, or a NumPy leaf's data type is none of JAX's.
@@ -181,7 +180,6 @@ class Checkpoints:
         "leaves": {name: _spec(x) for name, x in leaves.items()},
         "scalars": scalars,
         "keys": keys,
-        "extra": dict(extra or {}),
     }
     record = json.loads(json.dumps(record))
     self.wait()
@@ -226,19 +224,6 @@ class Checkpoints:
           f"every checkpoint in {self._directory} is damaged; nothing was changed there. "
           + "; ".join(f"step {step}: {damage}" for step, damage in self._damaged.items()))
     return None
-
-  def extra(self, step: int) -> dict[str, Any]:
-    """Reads what was saved beside the state of a step.
-
-    Raises:
-      ValueError: there is no such step, or its record is damaged.
-    """
-    if step not in self.steps:
-      raise errors.one_of(f"checkpoint in {self._directory}", step, self.steps)
-    try:
-      return self._record(step)["extra"]
-    except _Damaged as damage:
-      raise errors.UserError(f"checkpoint {step} in {self._directory}: {damage}") from None
 
   def _open(self) -> ocp.CheckpointManager:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()

@@ -6,7 +6,6 @@ same call does only what is missing.
 
 from __future__ import annotations
 
-import ast
 import collections
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import ml_collections
 from absl import flags
+from ml_collections import config_flags
 
 from nestnet import build, charts, cli, evaluation, report, runs
 from nestnet.bench import hardware
@@ -49,8 +49,8 @@ def compare(configs: Sequence[Mapping[str, Any]], seeds: int, out: str | os.Path
     The tables as Markdown; None after SIGTERM, when the same call goes on.
 
   Raises:
-    ValueError: The configs are wrong or do not go together, folders hold other runs, or runs
-      failed; what is done stays.
+    ValueError: The configs are wrong or do not go together, or folders hold other runs.
+    Failure: Runs failed; what is done stays.
   """
   out = pathlib.Path(out)
   page = pathlib.Path(docs) if docs else out / f"{out.resolve().name}.md"
@@ -82,17 +82,13 @@ def override(config: ml_collections.ConfigDict, text: str) -> None:
   if not equals:
     raise UserError(f"override {text!r}; allowed: key=value, such as train.steps=400")
   cli.check_override(config, key, value)
-  *groups, name = key.split(".")
-  for group in groups:
-    config = config[group]
-  kind = config.get_type(name)
-  if kind is bool:
-    value = flags.BooleanParser().parse(value)
-  elif kind in (int, float):
-    value = kind(value)
-  elif kind is not str:
-    value = ast.literal_eval(value)
-  config[name] = value
+  # A command line of its own, so that every text means what it means there.
+  argv, values = ["override", f"--config.{text}"], flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+  except flags.Error as error:
+    raise UserError(f"override {text!r}: {error}") from None
 
 
 def plan(configs: Sequence[Mapping[str, Any]], seeds: int, out: str | os.PathLike[str],

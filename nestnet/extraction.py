@@ -109,9 +109,11 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
     "data": run.config["data"], "costs_and_metrics": row}
   own = take(state.trained["objective"], run.step.axes["objective"], member,
              run.supernet.space.groups, strict=False)
+  differences = []
   save(out, module, jax.device_get(variables), provenance,
-       beside={"objective": jax.device_get(own)} if jax.tree.leaves(own) else None)
-  return row, verify(run, state, member, out)
+       beside={"objective": jax.device_get(own)} if jax.tree.leaves(own) else None,
+       check=lambda folder: differences.append(verify(run, state, member, folder)))
+  return row, differences[0]
 
 
 def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLike[str]) -> float:

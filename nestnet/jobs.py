@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -18,12 +19,14 @@ from typing import Any
 import jax
 
 from nestnet import build, evaluation, memory, report, runs
-from nestnet.errors import UserError
+from nestnet.errors import Failure, UserError
 from nestnet.files import atomic_write
-from nestnet.training import NonFinite
 
 BASELINE = "separate"
-_STOPPED = "stopped by SIGTERM"
+
+
+class _Stopped(Exception):
+  """SIGTERM ended a run before its time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,69 +84,100 @@ def train_all(tasks: Sequence[Task], jobs: int = 1) -> bool:
   """Does the runs that are not done; one that fails lets the others go on.
 
   Returns:
-    Whether all are done; False after SIGTERM.
+    Whether all are done; False after SIGTERM, which every run that trains meets with a checkpoint.
 
   Raises:
-    ValueError: Runs failed, each with its message; or `jobs` is out of range.
+    ValueError: `jobs` is out of range, or each run that failed did so by a mistake of the user's.
+    Failure: Runs failed, each with its message.
   """
   if not 1 <= jobs <= len(cores()):
     raise UserError(f"jobs: got {jobs}, allowed is 1 to the number of cores here, {len(cores())}")
   todo = [task for task in tasks if not task.done]
   began, failures = time.monotonic(), []
-  for count, (task, error) in enumerate((_spread if jobs > 1 else _in_turn)(todo, jobs), 1):
-    if error == _STOPPED:
-      return False
-    if error:
-      failures.append(f"  {task.workdir}: {error}")
-    spent, left = (sum(t.train_flops for t in some) for some in (todo[:count], todo[count:]))
-    seconds = (time.monotonic() - began) * left / spent
-    print(f"run {len(tasks) - len(todo) + count}/{len(tasks)}  {task.recipe}  {task.steps} steps  seed "
-          f"{task.seed}  {task.workdir.parent.name}  {'failed' if error else 'done'}; about "
-          f"{seconds / 60:.1f} min left", file=sys.stderr, flush=True)
+  with contextlib.closing((_spread if jobs > 1 else _in_turn)(todo, jobs)) as outcomes:
+    for count, (task, error) in enumerate(outcomes, 1):
+      if isinstance(error, _Stopped):
+        return False
+      if error:
+        failures.append((task, error))
+      spent, left = (sum(t.train_flops for t in some) for some in (todo[:count], todo[count:]))
+      seconds = (time.monotonic() - began) * left / spent
+      print(f"run {len(tasks) - len(todo) + count}/{len(tasks)}  {task.recipe}  {task.steps} steps  "
+            f"seed {task.seed}  {task.workdir.parent.name}  {'failed' if error else 'done'}; about "
+            f"{seconds / 60:.1f} min left", file=sys.stderr, flush=True)
   if failures:
-    raise UserError("\n".join([f"{len(failures)} of {len(tasks)} runs failed; the others are kept:",
-                               *failures]))
-  return True
+    kind = UserError if all(isinstance(error, UserError) for _, error in failures) else Failure
+    raise kind("\n".join([f"{len(failures)} of {len(tasks)} runs failed; the others are kept:",
+                          *(f"  {task.workdir}: {error}" for task, error in failures)]))
+  # Runs that SIGTERM kept from starting have no outcome.
+  return all(task.done for task in tasks)
 
 
-def _outcome(task: Task) -> str:
-  """Does a run; what hinders it, or nothing."""
+def _outcome(task: Task) -> Exception | None:
+  """Does a run; what hinders it, or None."""
   try:
-    return "" if run_task(task) else _STOPPED
-  except (UserError, NonFinite) as error:
-    return str(error)
+    return None if run_task(task) else _Stopped()
+  except (UserError, Failure) as error:
+    return error
 
 
-def _in_turn(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, str]]:
+def _in_turn(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Exception | None]]:
   return ((task, _outcome(task)) for task in tasks)
 
 
-def _spread(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, str]]:
-  """Deals runs to processes, each as soon as it is free."""
+def _spread(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Exception | None]]:
+  """Deals runs to processes, each as soon as it is free; none is left when this ends."""
   context, todo, busy = multiprocessing.get_context("spawn"), collections.deque(tasks), {}
+  workers, stopping = {}, threading.Event()
+
+  def stop(*_):
+    """Passes SIGTERM on: a run that trains saves and leaves, any other process ends at once."""
+    # Once only: a second signal would end a process that is still saving.
+    if not stopping.is_set():
+      stopping.set()
+      for worker in workers.values():
+        worker.terminate()
 
   def deal(pipe):
-    if todo:
+    if todo and not stopping.is_set():
       busy[pipe] = todo.popleft()
-      pipe.send(busy[pipe])
+      # A process that is gone shows when its answer is read.
+      with contextlib.suppress(OSError):
+        pipe.send(busy[pipe])
 
-  for share in range(jobs):
-    pipe, end = context.Pipe()
-    # A daemon gets SIGTERM when this process ends: it saves its run and leaves.
-    context.Process(target=_serve, daemon=True, args=(
-      end, cores()[share::jobs], jax.config.jax_compilation_cache_dir)).start()
-    end.close()
-    deal(pipe)
-  while busy:
-    for pipe in connection.wait(list(busy)):
-      task = busy.pop(pipe)
-      try:
-        error = pipe.recv()
-      except EOFError:
-        raise UserError(f"the process of {task.workdir} ended; its message stands above. The same "
-                        "command goes on") from None
+  # Only the main thread may handle signals.
+  handles = threading.current_thread() is threading.main_thread()
+  previous = signal.signal(signal.SIGTERM, stop) if handles else None
+  try:
+    for share in range(jobs):
+      pipe, end = context.Pipe()
+      worker = context.Process(target=_serve, daemon=True, args=(
+        end, cores()[share::jobs], jax.config.jax_compilation_cache_dir))
+      worker.start()
+      end.close()
+      workers[pipe] = worker
       deal(pipe)
-      yield task, error
+    while busy:
+      for pipe in connection.wait(list(busy)):
+        task = busy.pop(pipe)
+        try:
+          error = pipe.recv()
+        except (EOFError, OSError):
+          if not stopping.is_set():
+            workers[pipe].join()
+            raise Failure(f"the process of {task.workdir} ended with exit code "
+                          f"{workers[pipe].exitcode}; what it said stands above. The same command "
+                          "goes on") from None
+          error = _Stopped()
+        deal(pipe)
+        yield task, error
+  finally:
+    stop()
+    for pipe, worker in workers.items():
+      pipe.close()
+      worker.join()
+    if handles:
+      signal.signal(signal.SIGTERM, previous)
 
 
 def _serve(pipe: connection.Connection, cores: Sequence[int], programs: str | None) -> None:
@@ -160,9 +194,12 @@ def _serve(pipe: connection.Connection, cores: Sequence[int], programs: str | No
   while True:
     try:
       task = pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
       return
-    pipe.send(_outcome(task))
+    outcome = _outcome(task)
+    # The parent may have stopped listening; its next command finds what was done.
+    with contextlib.suppress(OSError):
+      pipe.send(outcome)
 
 
 def _leave_with_parent() -> None:

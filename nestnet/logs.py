@@ -8,11 +8,12 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import tensorboardX
 import tqdm
 
+from nestnet.errors import UserError
 from nestnet.files import atomic_write
 
 
@@ -24,12 +25,14 @@ class Logs:
   Args:
     workdir: The run's folder.
     step: The step from which the run goes on.
+
+  Raises:
+    ValueError: A row that stands there is damaged.
   """
 
   def __init__(self, workdir: str | os.PathLike[str], step: int = 0):
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= step]
-    atomic_write(self._path, "".join(line + "\n" for line in kept))
+    atomic_write(self._path, b"".join(line + b"\n" for at, line in _rows(self._path) if at <= step))
     self._file = open(self._path, "a")
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
 
@@ -45,11 +48,17 @@ class Logs:
     self._events.close()
 
 
-def _lines(path: pathlib.Path) -> list[str]:
-  """The whole lines of a file; a killed process may have left half of one at its end."""
-  if not path.exists():
-    return []
-  return [line for line in path.read_text().split("\n")[:-1] if line]
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+  """The step and the text of each whole line; a kill may have left half of one at the end."""
+  lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+  for number, line in enumerate(lines, 1):
+    if not line:
+      continue
+    try:
+      yield int(json.loads(line)["step"]), line
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(
+        f"{path}, line {number} is damaged: {error}; remove that line to go on") from error
 
 
 class Progress:

@@ -163,23 +163,21 @@ def table(rows: Sequence[Row]) -> str:
     layers=1     950   2.0k     90.0%
     layers=2   12.3k   1.2M     97.3%
   """
-  lines = _cells(rows)
+  return aligned(_cells(rows))
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+  """Lines of cells as plain text: the first column to the left, the others to the right.
+
+  Example:
+    >>> print(aligned([("size", "ms"), ("a", "12.5")]))
+    size    ms
+    a     12.5
+  """
   widths = [max(map(len, column)) for column in zip(*lines)]
   return "\n".join(
       "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
       for line in lines)
-
-
-def markdown(rows: Sequence[Row]) -> str:
-  """The table as Markdown.
-
-  Example:
-    >>> print(markdown([{"subnet": "layers=1", "params": 950, "flops": 2e3, "accuracy": 0.9}]))
-    | subnet | params | FLOPs | accuracy |
-    |:--|--:|--:|--:|
-    | layers=1 | 950 | 2.0k | 90.0% |
-  """
-  return _markdown_table(_cells(rows))
 
 
 def pareto(rows: Iterable[Row], cost: str = "flops", metric: str = "accuracy") -> list[Row]:

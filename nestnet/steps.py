@@ -206,7 +206,7 @@ class Step:
     in_place = (self.recipe.teacher == "largest" and not first.taught
                 and first.candidates == (self.supernet.space.largest,)
                 and any(t.taught for t in terms))
-    return in_place or (self.recipe.objective.reads_outputs and not any(t.taught for t in terms))
+    return in_place or (self.recipe.objective.update is not None and not any(t.taught for t in terms))
 
   @functools.cached_property
   def _teach(self):
@@ -278,7 +278,9 @@ class Step:
     teacher = state.teacher
     if self.recipe.teacher == "ema":
       teacher = optax.incremental_update(trained, teacher, 1 - self.recipe.ema)
-    objective = self.recipe.objective.update(state.objective, trained, outputs, state.step)
+    objective, update = state.objective, self.recipe.objective.update
+    if update:
+      objective = update(objective, trained, outputs, state.step)
     metrics = {"loss": sums["loss"], "grad_norm": optax.tree.norm(sums["grads"])}
     state = state.replace(step=state.step + 1, trained=trained, opt_state=opt_state, teacher=teacher,
                           objective=objective)

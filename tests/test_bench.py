@@ -42,14 +42,17 @@ def test_ratios_are_taken_pair_by_pair():
     bench.ratio(own, base, 0)
 
 
-def test_every_size_and_joint_training_are_measured(tmp_path):
-  config = dict(
-    seed=0, model=dict(name="ViT", layers=2, embed=16, heads=2, mlp=16, patch=4),
-    space=dict(layers=(1, 2), embed=(8, 16), heads=(2,), mlp=(16,), pool=SIZES),
-    recipe=recipes.recipe("sandwich"), data=dict(name="digits", data_dir="", augment="none"),
+def config(recipe, space, **model):
+  return dict(
+    seed=0, model=dict(name="ViT", layers=2, embed=16, heads=2, mlp=16, patch=4) | model,
+    space=space, recipe=recipe, data=dict(name="digits", data_dir="", augment="none"),
     optim=dict(name="sgd", learning_rate=0.1), mesh=dict(data=1),
     train=dict(steps=2, batch_size=4, checkpoint_every=10, log_every=1, eval_every=0))
-  found = bench.bench(config, batch_size=8, pairs=2)
+
+
+def test_every_size_and_joint_training_are_measured(tmp_path):
+  space = dict(layers=(1, 2), embed=(8, 16), heads=(2,), mlp=(16,), pool=SIZES[::-1])
+  found = bench.bench(config(recipes.recipe("sandwich"), space), batch_size=8, pairs=2)
   bench.write(tmp_path / "bench.json", found)
   assert json.loads((tmp_path / "bench.json").read_text()) == found
   assert (found["batch_size"], found["pairs"], found["joint"]["members"]) == (8, 2, SIZES)
@@ -58,3 +61,9 @@ def test_every_size_and_joint_training_are_measured(tmp_path):
     assert row["base_ms"] > 0 and 0 < row["lower"] <= row["median"] <= row["upper"]
   text = bench.table(found)
   assert all(size in text for size in SIZES) and text.count("bar 1.05: ") == 2
+
+
+def test_a_config_of_another_objective_is_measured_too():
+  recipe = recipes.recipe("matryoshka", sizes=(4, 8))
+  found = bench.bench(config(recipe, {"features": (4, 8)}, features=8), batch_size=8, pairs=1)
+  assert [row["subnet"] for row in found["slices"]] == ["features=4", "features=8"]

@@ -34,6 +34,14 @@ def test_pareto_chart_is_a_sharp_picture_with_ink(tmp_path, count):
   assert (np.abs(pixels[..., :3] - blue).max(axis=-1) < 0.01).sum() > 50
 
 
+def test_validation_chooses_the_front_where_all_rows_have_it():
+  by_test = [dict(params=n, accuracy=a) for n, a in ((1, 0.5), (2, 0.9), (3, 0.8))]
+  by_both = [row | dict(validation_accuracy=v) for row, v in zip(by_test, (0.5, 0.4, 0.6))]
+  front = lambda rows: [row["params"] for row in charts._front(rows, "params", "accuracy")]
+  assert front(by_test) == front([*by_both[:2], by_test[2]]) == [1, 2]
+  assert front(by_both) == [1, 3]
+
+
 def test_compare_chart_has_a_panel_for_each_budget(tmp_path):
   means = {"separate": (0.9, 0.95, 0.97), "sandwich": (0.91, 0.95, 0.97)}
   one, two = tmp_path / "one.png", tmp_path / "two.png"

@@ -70,7 +70,7 @@ def saved(tmp_path_factory):
   directory = tmp_path_factory.mktemp("saved")
   with checkpoint.Checkpoints(directory) as checkpoints:
     for step in (1, 2):
-      checkpoints.save(step, make_state(step), extra={"loss": 0.1 * step, "at": [step]})
+      checkpoints.save(step, make_state(step))
   return directory
 
 
@@ -82,7 +82,6 @@ def copied(saved, tmp_path):
 def test_restores_the_newest_exactly(saved):
   with checkpoint.Checkpoints(saved) as checkpoints:
     step, state = checkpoints.restore(abstract(make_state(0)))
-    assert checkpoints.extra(2) == {"loss": 0.2, "at": [2]}
   assert step == 2
   assert_same(state, make_state(2))
 
@@ -240,8 +239,6 @@ def test_states_that_cannot_be_kept_are_refused(tmp_path):
       checkpoints.save(1, {"a/b": jnp.zeros(1), "a": {"b": jnp.zeros(1)}})
     with pytest.raises(ValueError, match="float64"):
       checkpoints.save(1, {"a": np.zeros(1)})
-    with pytest.raises(ValueError, match="checkpoint in"):
-      checkpoints.extra(1)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint16", "int32", "float32", "bfloat16",

@@ -91,10 +91,18 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
   bad = config("truncate")
   bad["optim"] = bad["optim"] | {"learning_rate": 1e30}
   bad["train"]["log_every"] = 1
-  with pytest.raises(errors.UserError, match=r"(?s)1 of 3 runs failed.*truncate.*step \d: loss is"):
+  with pytest.raises(errors.Failure, match=r"(?s)1 of 3 runs failed.*truncate.*step \d: loss is"):
     compare.compare([bad, config("separate")], 1, tmp_path, ("equal steps",))
   tasks = compare.plan([bad, config("separate")], 1, tmp_path, ("equal steps",))
   assert {t.recipe: t.done for t in tasks} == {"separate": True, "truncate": False}
+
+
+def test_runs_that_failed_by_mistakes_of_the_user_only_are_a_mistake_of_the_user(tmp_path):
+  task, _ = compare.plan([config("separate")], 1, tmp_path, ("equal steps",))
+  task.workdir.mkdir(parents=True)
+  (task.workdir / "thesis.txt").write_text("years of work")
+  with pytest.raises(errors.UserError, match="(?s)1 of 1 runs failed.*is not empty"):
+    jobs.train_all([task])
 
 
 def test_the_baseline_of_matryoshka_is_trained_alone_at_each_number_of_features(tmp_path):
@@ -150,8 +158,25 @@ def test_jobs_are_at_most_the_cores():
 
 @pytest.mark.parametrize("text, key, value", [
   ("a.n=3", "n", 3), ("a.x=1e-3", "x", 1e-3), ("a.flag=false", "flag", False),
-  ("a.sizes=(4, 8)", "sizes", (4, 8)), ("a.name=b=c", "name", "b=c")])
+  ("a.sizes=(4, 8)", "sizes", (4, 8)), ("a.name=b=c", "name", "b=c"), ("a.n=0x10", "n", 16),
+  ("a.sizes=4", "sizes", (4,)), ("a.pool=layers", "pool", ("layers",)),
+  ("a.pool=('n=2,m=3', 'n=1')", "pool", ("n=2,m=3", "n=1"))])
 def test_overrides(text, key, value):
-  made = ml_collections.ConfigDict(dict(a=dict(n=1, x=1.0, flag=True, sizes=(1,), name="")))
+  made = overridable()
   compare.override(made, text)
-  assert made.a[key] == value
+  assert made.a[key] == value and type(made.a[key]) is type(value)
+
+
+@pytest.mark.parametrize("text", [
+  "a.n", "a.n=", "a.n=1.5", "a.n=0xg", "a.m=1", "a.pool=n=2,m=3", "a.sizes=((", "a=3", "a={'n':",
+  "a.none=3", "a.list=[2]"])
+def test_overrides_that_are_none(text):
+  made = overridable()
+  with pytest.raises(errors.UserError):
+    compare.override(made, text)
+  assert made == overridable()
+
+
+def overridable():
+  return ml_collections.ConfigDict(dict(a=dict(
+    n=1, x=1.0, flag=True, sizes=(1,), name="", pool=("n=1",), none=None, list=[1]))).lock()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,8 @@ FORMAT = "nestnet"
 
 def save(folder: str | os.PathLike[str], module: nn.Module, variables: Mapping[str, Any],
          provenance: Mapping[str, Any] | None = None,
-         beside: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+         beside: Mapping[str, Mapping[str, Any]] | None = None,
+         check: Callable[[pathlib.Path], None] | None = None) -> None:
   """Writes a network as `model.safetensors` and `config.json`, whole or not at all.
 
   Args:
@@ -34,15 +36,19 @@ def save(folder: str | os.PathLike[str], module: nn.Module, variables: Mapping[s
     variables: Its variables, `{"params": ..., ...}`.
     provenance: What else to record: parent run and step, costs, metrics.
     beside: Further trees by file name, such as the weights of an objective.
+    check: Called with the folder, complete but under a hidden name; what it raises leaves `folder`
+      as it was.
 
   Raises:
-    ValueError: `folder` holds something else than an extracted network.
+    ValueError: `folder` holds something else than an extracted network, or a field of the module
+      is nothing that JSON can hold.
   """
-  folder = pathlib.Path(folder)
+  folder, fields = pathlib.Path(folder), module_fields(module)
   if folder.exists() and not (folder.is_dir() and (_is_ours(folder) or not any(folder.iterdir()))):
     raise UserError(
       f"{folder} exists and is no extracted network; name another folder or remove it")
   folder.parent.mkdir(parents=True, exist_ok=True)
+  _put_back(folder)
   written = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
   written.mkdir()
   try:
@@ -50,16 +56,31 @@ def save(folder: str | os.PathLike[str], module: nn.Module, variables: Mapping[s
       flat = {"/".join(path): jnp.asarray(leaf)
               for path, leaf in flatten_dict(dict(meta.unbox(tree))).items()}
       safetensors.flax.save_file(flat, written / f"{name}.safetensors")
-    config = {"format": FORMAT, "architecture": _name(type(module)), "fields": _fields(module),
+    config = {"format": FORMAT, "architecture": _name(type(module)), "fields": fields,
               **(provenance or {})}
     (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    replaced = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+    if check:
+      check(written)
     if folder.exists():
-      os.rename(folder, replaced)
+      os.rename(folder, folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old"))
     os.rename(written, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for replaced in _moved_aside(folder):
+      shutil.rmtree(replaced, ignore_errors=True)
   finally:
     shutil.rmtree(written, ignore_errors=True)
+    _put_back(folder)
+
+
+def _moved_aside(folder: pathlib.Path) -> list[pathlib.Path]:
+  """What `save` moved away to make room, the newest first."""
+  found = folder.parent.glob(f".{glob.escape(folder.name)}.{'?' * 32}.old")
+  return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _put_back(folder: pathlib.Path) -> None:
+  """Undoes half of an exchange: a killed `save` may have left nothing under the folder's name."""
+  if not folder.exists() and (aside := _moved_aside(folder)):
+    os.rename(aside[0], folder)
 
 
 def load(folder: str | os.PathLike[str], module: type[nn.Module] | None = None
@@ -76,6 +97,9 @@ def load(folder: str | os.PathLike[str], module: type[nn.Module] | None = None
     FileNotFoundError: There is no extracted network.
   """
   folder = pathlib.Path(folder)
+  if not folder.exists():
+    # Read where it lies: to rename it would hinder a `save` that is running.
+    folder = next(iter(_moved_aside(folder)), folder)
   if not (folder / "config.json").is_file():
     raise MissingFileError(f"no extracted network in {folder}: config.json is missing")
   try:
@@ -117,7 +141,7 @@ def _value(name: str, value: Any) -> Any:
     except TypeError as error:
       raise UserError(
         f"{name}: {value!r} is no data type; allowed are float32, bfloat16, ...") from error
-  return tuple(value) if isinstance(value, (list, tuple)) else value
+  return tuple(_value("", v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _known(module: nn.Module | type[nn.Module]) -> dict[str, dataclasses.Field]:
@@ -125,9 +149,28 @@ def _known(module: nn.Module | type[nn.Module]) -> dict[str, dataclasses.Field]:
           if f.init and f.name not in ("parent", "name")}
 
 
-def _fields(module: nn.Module) -> dict[str, Any]:
-  values = {name: getattr(module, name) for name in _known(module)}
-  return {n: str(jnp.dtype(v)) if n.endswith("dtype") else v for n, v in values.items()}
+def module_fields(module: nn.Module) -> dict[str, Any]:
+  """The fields of a module as JSON holds them: dtypes by name; `make_module` makes it from them again.
+
+  Raises:
+    ValueError: A field is nothing that JSON can hold, such as a function.
+
+  Example:
+    >>> module_fields(nn.Dropout(0.1, broadcast_dims=(1,)))
+    {'rate': 0.1, 'broadcast_dims': (1,), 'deterministic': None, 'rng_collection': 'dropout'}
+  """
+  fields = {}
+  for name in _known(module):
+    value = getattr(module, name)
+    try:
+      fields[name] = str(jnp.dtype(value)) if name.endswith("dtype") and value is not None else value
+      json.dumps(fields[name])
+    except (TypeError, ValueError):
+      raise UserError(
+        f"field {name} of {type(module).__name__} is {value!r}, which config.json cannot hold; allowed "
+        "are numbers, text, booleans, None, tuples of these, and in a field ...dtype a data type. Name "
+        "a function by text and look it up in the module") from None
+  return fields
 
 
 def _name(module: type[nn.Module]) -> str:

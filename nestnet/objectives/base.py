@@ -32,10 +32,6 @@ def _keep_outputs(params, state, outputs, batch, step):
   return outputs
 
 
-def _keep_state(state, params, outputs, step):
-  return state
-
-
 def _keep_variables(variables, params, subnet):
   return variables
 
@@ -54,9 +50,9 @@ class Objective:
     forward: `(apply, batch) -> outputs`: runs the network on what it needs of the batch.
     teach: `(params, state, outputs, batch, step) -> targets`: what students see of the teacher's
       outputs; `params` are the teacher's own. Runs once a step.
-    update: `(state, params, outputs, step) -> state` once a step, after the optimizer; `params` is
-      `{"model": ..., "objective": ...}`, `outputs` those of the teacher, or of the first term where
-      there is none.
+    update: `(state, params, outputs, step) -> state` once a step, after the optimizer; None where
+      nothing is to update. `params` is `{"model": ..., "objective": ...}`; `outputs` is what `teach`
+      made of the teacher's outputs, or of the first term's where no term is taught.
     attach: `(variables, params, subnet) -> variables`: puts what the objective holds (a head) into
       a sub-network's variables, for evaluation and extraction.
   """
@@ -65,10 +61,5 @@ class Objective:
   init: Callable[..., tuple[Any, Any, Any]] = _no_params
   forward: Callable[..., Any] = _forward_image
   teach: Callable[..., Any] = _keep_outputs
-  update: Callable[..., Any] = _keep_state
+  update: Callable[..., Any] | None = None
   attach: Callable[..., Any] = _keep_variables
-
-  @property
-  def reads_outputs(self) -> bool:
-    """Whether `update` looks at anything."""
-    return self.update is not _keep_state

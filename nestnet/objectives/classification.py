@@ -70,6 +70,11 @@ def soft_cross_entropy(logits: jax.Array, teacher: jax.Array, temperature: float
 
 def feature_distance(features: jax.Array, teacher: jax.Array) -> jax.Array:
   """Mean squared distance of unit vectors `[batch, features]`; the teacher's leading features count."""
-  student, teacher = (f / (jnp.linalg.norm(f, axis=-1, keepdims=True) + 1e-6)
-                      for f in (features, teacher[:, :features.shape[-1]]))
+  student, teacher = (_unit(f) for f in (features, teacher[:, :features.shape[-1]]))
   return jnp.mean(jnp.sum((student - teacher) ** 2, axis=-1))
+
+
+def _unit(features: jax.Array) -> jax.Array:
+  features = features.astype(jnp.float32)
+  # Inside the root, lest the gradient of a vector of zeros be no number.
+  return features * jax.lax.rsqrt(jnp.sum(features ** 2, axis=-1, keepdims=True) + 1e-12)

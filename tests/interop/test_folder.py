@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +14,8 @@ import pytest
 import safetensors.flax
 
 import nestnet
-from nestnet.interop.folder import make_module
+from nestnet.errors import UserError
+from nestnet.interop.folder import make_module, module_fields
 from nestnet.models.vit import ViT
 
 MODULE = ViT(layers=2, embed=8, heads=(2, 1), mlp=8, classes=3, head_dim=4, dtype=jnp.bfloat16)
@@ -128,6 +131,53 @@ def test_an_interrupted_save_leaves_the_old_one_whole(folder, broken):
   assert module == MODULE
   assert_same(loaded, variables())
   assert [p.name for p in folder.parent.iterdir()] == ["out"]
+
+
+def test_a_failed_check_leaves_the_old_one_whole(folder):
+  def check(written):
+    assert nestnet.load(written)[0].layers == 1
+    raise RuntimeError("differs")
+
+  with pytest.raises(RuntimeError, match="differs"):
+    nestnet.save(folder, MODULE.clone(layers=1, heads=1), variables(), check=check)
+  assert nestnet.load(folder)[0] == MODULE
+  assert [p.name for p in folder.parent.iterdir()] == ["out"]
+
+
+def test_a_save_killed_between_its_two_renames_loses_nothing(folder):
+  older, newer = (folder.with_name(f".out.{digit * 32}.old") for digit in "ba")
+  folder.rename(older)
+  nestnet.save(folder.with_name("other"), MODULE.clone(layers=1, heads=1), variables())
+  folder.with_name("other").rename(newer)
+  os.utime(older, (1, 1))
+  assert nestnet.load(folder)[0].layers == 1
+  with pytest.raises(TypeError):
+    nestnet.save(folder, MODULE, variables(), {"metric": object()})
+  assert folder.exists() and nestnet.load(folder)[0].layers == 1
+  nestnet.save(folder, MODULE, variables())
+  assert nestnet.load(folder)[0] == MODULE
+  assert [p.name for p in folder.parent.iterdir()] == ["out"]
+
+
+class Free(nn.Module):
+  """Fields of any kind."""
+
+  value: Any = None
+  dtype: Any = None
+
+
+@pytest.mark.parametrize("value", [None, 3, "gelu", True, ((1, 2), (3,)), {"a": [1]}])
+@pytest.mark.parametrize("dtype", [None, jnp.dtype(jnp.bfloat16)])
+def test_fields_come_back(value, dtype):
+  module = Free(value, dtype)
+  assert make_module(Free, json.loads(json.dumps(module_fields(module)))) == module
+
+
+@pytest.mark.parametrize("fields", [{"value": nn.gelu}, {"value": jnp.bfloat16}, {"dtype": nn.gelu}])
+def test_a_field_that_json_cannot_hold_is_named(folder, fields):
+  with pytest.raises(UserError, match=f"field {[*fields][0]} of Free is .* allowed are numbers, text"):
+    nestnet.save(folder, Free(**fields), variables())
+  assert nestnet.load(folder)[0] == MODULE
 
 
 def test_a_module_of_the_users_own(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,7 +37,7 @@ def kd(t=1.0):
 
 
 def distance():
-  unit = lambda x: x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-6)
+  unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
   return np.mean(np.sum((unit(FEATURES) - unit(WIDE[:, :3])) ** 2, axis=1))
 
 
@@ -94,6 +96,19 @@ def test_half_precision_logits_are_read_in_float32():
   value, _ = objective("classification").loss(
     {}, {}, {"logits": LOGITS.astype(np.float16)}, Targets({"label": LABELS}), 0, None)
   assert value.dtype == np.float32
+
+
+def test_features_of_zeros_have_a_gradient():
+  gradient = jax.grad(feature_distance)(jnp.zeros((2, 3)), WIDE[:2])
+  assert np.isfinite(gradient).all()
+
+
+def test_features_in_half_precision_are_normalised_in_float32():
+  features, wide = (jnp.asarray(x, jnp.bfloat16) for x in (FEATURES, WIDE))
+  found = feature_distance(features, wide)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, feature_distance(
+    features.astype(jnp.float32), wide.astype(jnp.float32)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name, options, message", [
