@@ -13,7 +13,7 @@ def keep_freed() -> bool:
   """Makes glibc keep freed memory for the next allocation; call it before the first step.
 
   XLA allocates its buffers anew at every step on CPU. By default glibc gives large ones back to the
-  kernel, which must then clear and map every page again: about 40% of the time of a small step.
+  kernel, which must then clear and map every page again.
 
   Returns:
     Whether the C library took the settings; False where it is not glibc.
