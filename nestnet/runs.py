@@ -80,10 +80,7 @@ def settle(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     raise UserError(f"{workdir} holds a run of another config; name another workdir, or undo:\n{lines}\n"
                     f"({', '.join(MAY_DIFFER)} may differ)")
   with Checkpoints(workdir / "checkpoints") as checkpoints:
-    made = max(checkpoints.steps, default=0)
-  if made > config["train"]["steps"]:
-    raise UserError(f"{workdir} is at step {made}, train.steps is {config['train']['steps']}; allowed is "
-                    "at least as many")
+    training.check_length(checkpoints, config["train"]["steps"], workdir)
   if differing:
     (workdir / "done").unlink(missing_ok=True)
     atomic_write(path, _dump({"config": config, "changes": [*saved["changes"], differing]}))

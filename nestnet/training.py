@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from nestnet.checkpoint import Checkpoints
-from nestnet.errors import Failure
+from nestnet.errors import Failure, UserError
 from nestnet.logs import Logs, Progress
 from nestnet.sharding import put_batch
 from nestnet.steps import Step, TrainState
@@ -80,6 +80,7 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
   ends = _ends(phases)
   total = ends[-1]
   with Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
+    check_length(checkpoints, total, workdir)
     restored = checkpoints.restore(lambda step: phases[_phase_at(step, ends)].step.abstract())
     start, state = restored or (0, phases[0].step.init())
     current = _phase_at(start, ends)
@@ -127,6 +128,13 @@ def restore(phases: Sequence[Phase], workdir: str | os.PathLike[str]) -> tuple[i
   ends = _ends(phases)
   with Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
     return checkpoints.restore(lambda step: phases[_phase_at(step, ends)].step.abstract())
+
+
+def check_length(checkpoints: Checkpoints, steps: int, workdir: str | os.PathLike[str]) -> None:
+  """Raises `ValueError` where more than `steps` steps have been made."""
+  made = max(checkpoints.steps, default=0)
+  if made > steps:
+    raise UserError(f"{workdir} is at step {made}, train.steps is {steps}; allowed is at least as many")
 
 
 def _ends(phases: Sequence[Phase]) -> list[int]:

@@ -104,7 +104,7 @@ def test_wrong_own_set(own, name, message):
 def test_an_import_that_fails_inside_is_shown_whole(own):
   with pytest.raises(ModuleNotFoundError, match="no_such_module_inside"):
     data.load("own_data:importing")
-  with pytest.raises(ValueError, match="no module 'no_such_package'; allowed: package.module:Name"):
+  with pytest.raises(ValueError, match="no module 'no_such_package'; allowed is package.module:Name"):
     data.load("no_such_package.data:Name")
 
 
