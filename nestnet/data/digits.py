@@ -167,8 +167,8 @@ class DigitsClutter(_Builder):
   Hard enough to tell sizes apart. Test accuracy in percent of networks trained alone (3 seeds, on 2
   CPU cores; `separate` in docs/results/digits_clutter.md, which names its command and budget):
 
-    ViT, LARGEST
-    ViT, SMALLEST
+    ViT, 202,378 parameters                 95.7
+    ViT, 18,314 parameters                  87.7
     nearest neighbours on pixels (k = 10)   82.6   (tests/data/test_digits.py)
 
   The neighbours' bank is the training canvases; 1, 3 and 5 neighbours are no better.
