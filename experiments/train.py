@@ -20,7 +20,8 @@ def main(argv):
     return
   rows = report.read_rows(f"{WORKDIR.value}/subnets.json")
   print(report.table(evaluation.shown(rows)))
-  print(f"{evaluation.budget_text(rows[0])}\nwritten: {WORKDIR.value}/subnets.json, {WORKDIR.value}/pareto.png")
+  print(evaluation.budget_text(rows[0]))
+  print(f"written: {WORKDIR.value}/subnets.json, {WORKDIR.value}/pareto.png")
 
 
 if __name__ == "__main__":

@@ -207,7 +207,8 @@ def table(found: Mapping[str, Any]) -> str:
   medians = (("slice / stand-alone, highest median", max(row["median"] for row in found["slices"])),
              ("joint / sum, median", found["joint"]["median"]))
   return "\n".join([
-    report.aligned(lines), "", f"batch {found['batch_size']}, {found['pairs']} interleaved pairs, {found['hardware']}",
+    report.aligned(lines), "",
+    f"batch {found['batch_size']}, {found['pairs']} interleaved pairs, {found['hardware']}",
     *(f"{what}: {value:.3f}, bar {bar}: {'met' if value <= bar else 'NOT met'}"
       for what, value in medians)])
 
