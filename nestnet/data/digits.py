@@ -7,6 +7,7 @@ stratified tenth for validation, drawn once with a fixed seed.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 import functools
 import os
@@ -128,8 +129,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     for i, example in enumerate(zip(*drawn.values())):
       yield i, dict(zip(drawn, example))
 
+  @abc.abstractmethod
   def _draw(self, split: str) -> dict[str, np.ndarray]:
-    raise NotImplementedError
+    """The columns of a split, one entry an example."""
 
   # TFDS says "Downloading" here, and to standard output.
   def _log_download_bytes(self):
@@ -171,7 +173,7 @@ class DigitsClutter(_Builder):
     ViT, 18,314 parameters                  87.7
     nearest neighbours on pixels (k = 10)   82.6   (tests/data/test_digits.py)
 
-  The neighbours' bank is the training canvases; 1, 3 and 5 neighbours are no better.
+  The neighbours' bank is the training canvases.
   """
 
   SHAPE = (CANVAS, CANVAS, 1)
