@@ -189,13 +189,13 @@ def axis_names(model: nn.Module, *inputs: Any) -> Any:
   return variable_axes(model, *inputs)["params"]
 
 
-def variable_axes(model: nn.Module, *inputs: Any) -> dict[str, Any]:
+def variable_axes(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, Any]:
   """`axis_names` for every collection: `{"params": ..., "constants": ..., ...}`.
 
-  Statistics that carry no names of their own (BatchNorm's `mean` and `var`) take those of the
+  `options` are keyword arguments of the model, as they are. Statistics that carry no names of their own (BatchNorm's `mean` and `var`) take those of the
   `scale` beside them.
   """
-  boxed = abstract_variables(model, *inputs)
+  boxed = abstract_variables(model, *inputs, **options)
   scales = {path[1:-1]: _leaf_axes(leaf) for path, leaf in _walk(boxed)
             if path[0] == "params" and path[-1] == "scale"}
   found, problems = {}, []
@@ -215,9 +215,9 @@ def variable_axes(model: nn.Module, *inputs: Any) -> dict[str, Any]:
   return {"params": {}} | _nest(found)
 
 
-def abstract_variables(model: nn.Module, *inputs: Any) -> dict[str, Any]:
+def abstract_variables(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, Any]:
   """Shapes of a model's variables, still in the boxes that carry their names."""
-  return jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args), *inputs)
+  return jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args, **options), *inputs)
 
 
 def _leaf_axes(leaf: Any) -> Axes | None:

@@ -32,7 +32,8 @@ GROUPS = {
   "data": ("name", "data_dir", "augment"),
   "optim": ("name", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip_norm", "momentum",
             "b1", "b2"),
-  "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every"),
+  "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
+            "execution"),
   "mesh": ("data",),
 }
 REQUIRED = {
@@ -146,7 +147,8 @@ def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, ste
     **{k: recipe[k] for k in ("teacher", "ema", "select", "untouched") if k in recipe})
   rate = schedule(optim.pop("schedule", "constant"), optim.pop("learning_rate"),
                   optim.pop("warmup_steps", 0), steps)
-  return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed)
+  return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed,
+              config["train"].get("execution", "auto"))
 
 
 def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from flax.core import meta
 
 from nestnet.axes import abstract_variables, variable_axes
 from nestnet.errors import UserError, one_of
+from nestnet.models.switch import CHOICE
 from nestnet.objectives.base import Objective, Targets
 from nestnet.slicing import take
 from nestnet.space import Space
@@ -87,6 +89,10 @@ class Supernet:
     """The ordinary module of a sub-network."""
     return self.model.clone(**subnet)
 
+  def runnable(self, subnet: Subnet) -> Runnable:
+    """A sub-network as a program of its own."""
+    return Runnable(subnet, functools.partial(self.cut, subnet=subnet), self.module(subnet))
+
   def cut(self, variables: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
     """A sub-network's variables, every collection of them."""
     return {name: take(tree, self.axes[name], subnet, self.space.groups, strict=False)
@@ -136,27 +142,44 @@ def member(supernet: Supernet, objective: Objective, objective_axes: Any, traine
   return objective.attach(variables, own, subnet)
 
 
-def forward(supernet: Supernet, objective: Objective, variables: dict[str, Any], subnet: Subnet,
+@dataclasses.dataclass(frozen=True)
+class Runnable:
+  """What runs on a slice of the supernet: one sub-network, or all that data can tell apart.
+
+  Attributes:
+    subnet: The sizes that are the same for all of them.
+    cut: Makes the module's variables from the supernet's.
+    module: What is applied to them.
+    choice: A collection for the module beside its variables: which member it is.
+  """
+
+  subnet: Subnet
+  cut: Callable[[dict[str, Any]], dict[str, Any]]
+  module: nn.Module
+  choice: dict[str, Any] | None = None
+
+
+def forward(objective: Objective, runnable: Runnable, variables: dict[str, Any],
             batch: dict[str, Any], rng: jax.Array | None = None) -> Any:
   """The outputs of one sub-network on a batch; with `rng`, dropout and drop path are on."""
-  module = supernet.module(subnet)
   rngs = None if rng is None else {"dropout": rng}
+  if runnable.choice is not None:
+    variables = {**variables, CHOICE: runnable.choice}
 
   def apply(inputs, **options):
-    return module.apply(variables, inputs, train=rng is not None, rngs=rngs, **options)
+    return runnable.module.apply(variables, inputs, train=rng is not None, rngs=rngs, **options)
 
   return objective.forward(apply, batch)
 
 
-def term_loss(supernet: Supernet, objective: Objective, objective_axes: Any, subnet: Subnet,
+def term_loss(supernet: Supernet, objective: Objective, objective_axes: Any, runnable: Runnable,
               regularised: bool, trained: dict[str, Any], fixed: dict[str, Any], state: Any,
               targets: Targets, step: jax.Array, rng: jax.Array
               ) -> tuple[jax.Array, tuple[Any, Any]]:
   """The loss of one sub-network on its slice: `(loss, (outputs, metrics))`."""
-  variables = supernet.cut({"params": trained["model"], **fixed}, subnet)
-  own = take(trained["objective"], objective_axes, subnet, supernet.space.groups, strict=False)
+  variables = runnable.cut({"params": trained["model"], **fixed})
+  own = take(trained["objective"], objective_axes, runnable.subnet, supernet.space.groups, strict=False)
   dropout, noise = jax.random.split(rng)
-  outputs = forward(supernet, objective, variables, subnet, targets.batch,
-                    dropout if regularised else None)
+  outputs = forward(objective, runnable, variables, targets.batch, dropout if regularised else None)
   loss, metrics = objective.loss(own, state, outputs, targets, step, noise)
   return loss, (outputs, metrics)

@@ -92,6 +92,43 @@ def scatter(small: Any, axes: Any, subnet: Subnet, like: Any, groups: Groups | N
   return jax.linear_transpose(lambda full: take(full, plain, subnet, groups, strict=False), like)(small)[0]
 
 
+def mask(like: Any, axes: Any, sizes: Mapping[str, Any], groups: Groups | None = None) -> Any:
+  """What a sub-network whose sizes are data uses of a tree: booleans of the tree's shapes.
+
+  Args:
+    like: The supernet's tree.
+    axes: Its axis names; neither product axes nor rules.
+    sizes: A traced size for each axis; `[layers]` sizes for an axis with one in each layer; for a
+      depth axis `[layers]` of 1 for a layer that is kept and 0 for one that is not.
+    groups: As in `take`.
+
+  Raises:
+    ValueError: A leaf has a product axis of such a size, or a rule.
+  """
+  def of_leaf(leaf, names):
+    names = Axes.of(names)
+    if names.rule or any(not isinstance(n, str) and any(f in sizes for f, _ in n) for n in names.names):
+      raise UserError(f"{str(names)!r} has a rule or a product axis, which sizes that are data cannot "
+                      "mask; allowed: train.execution=slice")
+    kept = jnp.ones((1,) * leaf.ndim, bool)
+    for dimension, name in enumerate(names.names):
+      if name not in sizes:
+        continue
+      length, size = leaf.shape[dimension], jnp.asarray(sizes[name])
+      at = lambda *dimensions: tuple(leaf.shape[d] if d in dimensions else 1 for d in range(leaf.ndim))
+      if is_depth(name):
+        kept = kept & (size > 0).reshape(at(dimension))
+        continue
+      count = (groups or {}).get(name, 1)
+      place = (jnp.arange(length) % (length // count)).reshape(at(dimension))
+      if size.ndim:
+        size = size.reshape(at(names.names.index(depth_of(name))))
+      kept = kept & (place < size // count)
+    return jnp.broadcast_to(kept, leaf.shape)
+
+  return jax.tree.map(of_leaf, like, axes)
+
+
 def _take(tree, axes, subnet, groups, path):
   if is_axes(axes):
     return _cut_leaf(tree, Axes.of(axes), subnet, groups, path)

@@ -79,14 +79,29 @@ class Space:
     if self.constraint and next(self._members(), None) is None:
       raise UserError("space: no member passes the constraint")
 
-  def choices(self, axis: str) -> tuple[Size, ...]:
-    """The sizes that `axis` may take, in the order given."""
+  def choices(self, axis: str, given: Mapping[str, Size] | None = None) -> tuple[Size, ...]:
+    """The sizes that `axis` may take, in their order; beside the `given` sizes of other axes."""
     if axis in self._free:
       return self._free[axis]
     for names, rows in self._factors.items():
       if axis in names:
-        return tuple(dict.fromkeys(row[names.index(axis)] for row in rows))
+        fitting = (row for row in rows if all(
+          size == (given or {}).get(other, size) for other, size in zip(names, row)))
+        return tuple(dict.fromkeys(row[names.index(axis)] for row in fitting))
     raise one_of("axis", axis, self.axes)
+
+  def combinations(self, axes: Sequence[str]) -> list[dict[str, Size]]:
+    """The joint choices of some axes, whatever the others are.
+
+    Example:
+      >>> Space(layers=(2, 4), couple={"embed heads": ((8, 1), (8, 2), (16, 2))}).combinations(["embed"])
+      [{'embed': 8}, {'embed': 16}]
+    """
+    columns = []
+    for names, rows in self._factors.items():
+      kept = [i for i, name in enumerate(names) if name in axes]
+      columns.append(list(dict.fromkeys(tuple((names[i], row[i]) for i in kept) for row in rows)))
+    return [dict(itertools.chain(*pieces)) for pieces in itertools.product(*columns)]
 
   # Size and membership.
 

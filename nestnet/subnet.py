@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -9,6 +10,16 @@ from types import MappingProxyType
 from nestnet.errors import UserError
 
 Size = int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+  """Several sizes along an axis, of which data says which one each layer has."""
+
+  axis: str
+  sizes: tuple[int, ...]
+
+
 
 _AXIS = re.compile(r"[A-Za-z_]\w*")
 _DEPTH = re.compile(r"layers(_\d+)?")

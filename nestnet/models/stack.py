@@ -7,6 +7,7 @@ whose layers have sizes of their own is unrolled, its parameters under `layers_0
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,21 +17,29 @@ import jax.numpy as jnp
 
 from nestnet.axes import STACK, axes
 from nestnet.errors import UserError
-from nestnet.subnet import Size
+from nestnet.models.switch import Layers, Part, Switched
+
+Block = Callable[..., nn.Module]
 
 
-def stack(block: Callable[..., nn.Module], x: Any, *, layers: int, sizes: Mapping[str, Size],
+def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Mapping[str, Any],
           name: str = "blocks", depth: str = "layers",
           constants: Mapping[str, Sequence[float]] | None = None, remat: bool = False,
           taps: bool = False, unroll: int = 1, **kwargs: Any) -> tuple[Any, Any]:
   """Applies `layers` blocks to `x`; call it in the compact method of an architecture.
 
+  A `layers` of the type `Layers`, with sizes that are `OneOf` several, is the whole family in one
+  program: the `choice` collection says which layers are there and how large each is.
+
   Args:
     block: Makes a block: `block(name=..., **sizes)`. The block is called as
-      `block(x, constants, **kwargs)` and returns an `x` of the same shape.
+      `block(x, constants, **kwargs)` and returns an `x` of the same shape. Or the parts that a layer
+      applies in turn, by name, each such a block; parts have sizes of their own, so one program for
+      a whole family needs a branch for each size of a part and not for each pair of sizes.
     x: The input, an array or a tree.
     layers: Number of layers.
-    sizes: Fields of the block: one size for all layers, or a tuple with one size a layer.
+    sizes: Fields of the block: one size for all layers, or a tuple with one size a layer. With
+      parts: such fields by part.
     name: Key of the stack in the parameter tree.
     depth: Name of the axis over the layers.
     constants: Values of each layer that are no parameters (drop-path rates). They live in the
@@ -38,7 +47,7 @@ def stack(block: Callable[..., nn.Module], x: Any, *, layers: int, sizes: Mappin
     remat: Whether to recompute a block in the backward pass.
     taps: Whether to return every layer's output too.
     unroll: Layers in one iteration of the scan.
-    **kwargs: Passed to every call of the block.
+    **kwargs: Passed to every call of the block; arrays among them may have a derivative.
 
   Returns:
     The output, and the outputs of all layers, `[layers, ...]`, or None.
@@ -46,12 +55,17 @@ def stack(block: Callable[..., nn.Module], x: Any, *, layers: int, sizes: Mappin
   Raises:
     ValueError: A tuple of sizes has another length than `layers`.
   """
-  for field, size in sizes.items():
-    if isinstance(size, tuple) and len(size) != layers:
-      raise UserError(f"{field}={size} lists {len(size)} sizes for {depth}={layers}")
+  parts = _parts(block, sizes)
   constants = {k: jnp.asarray(v, jnp.float32) for k, v in (constants or {}).items()}
-  run = _unrolled if any(isinstance(s, tuple) for s in sizes.values()) else _scanned
-  return run(block, x, layers, sizes, name, depth, constants, remat, taps, unroll, kwargs)
+  unroll = min(unroll, layers)
+  if isinstance(layers, Layers):
+    return Switched(parts, layers, depth, name=name)(x, constants, taps, unroll, kwargs)
+  lists = {f: s for part in parts for f, s in part.sizes.items() if isinstance(s, tuple)}
+  for field, size in lists.items():
+    if len(size) != layers:
+      raise UserError(f"{field}={size} lists {len(size)} sizes for {depth}={layers}")
+  run = _unrolled if lists else _scanned
+  return run(parts, x, layers, name, depth, constants, remat, taps, unroll, kwargs)
 
 
 def constant(module: nn.Module, name: str, initial: Mapping[str, Any]) -> jax.Array:
@@ -61,44 +75,68 @@ def constant(module: nn.Module, name: str, initial: Mapping[str, Any]) -> jax.Ar
   return module.variable("constants", name, axes(lambda: initial[name], "")).value
 
 
+def _parts(block, sizes) -> tuple[Part, ...]:
+  if not isinstance(block, Mapping):
+    return (Part(None, block, sizes),)
+  return tuple(Part(name, make, sizes.get(name, {})) for name, make in block.items())
+
+
+class _Layer(nn.Module):
+  """A layer that applies several parts in turn."""
+
+  parts: tuple[Part, ...]
+
+  @nn.compact
+  def __call__(self, x, constants, **kwargs):
+    for part in self.parts:
+      x = part.make(name=part.name, **part.sizes)(x, constants, **kwargs)
+    return x
+
+
+def _layer(parts: tuple[Part, ...], name: str, position: int = 0) -> nn.Module:
+  """The layer at a position, with the sizes that it has there."""
+  parts = tuple(dataclasses.replace(p, sizes={
+    f: s[position] if isinstance(s, tuple) else s for f, s in p.sizes.items()}) for p in parts)
+  if parts[0].name is None:
+    return parts[0].make(name=name, **parts[0].sizes)
+  return _Layer(parts, name=name)
+
+
 def _call(module, x, constants, remat, kwargs):
   if not remat:
     return module(x, constants, **kwargs)
   return nn.remat(lambda m, y, c: m(y, c, **kwargs), prevent_cse=False)(module, x, constants)
 
 
-def _scanned(block, x, layers, sizes, name, depth, constants, remat, taps, unroll, kwargs):
+def _scanned(parts, x, layers, name, depth, constants, remat, taps, unroll, kwargs):
   def body(module, carry, layer_constants):
     y = _call(module, carry, layer_constants, remat, kwargs)
     return y, y if taps else None
 
   scan = nn.scan(
-    body, length=layers, unroll=min(unroll, layers), in_axes=0,
-    variable_axes={"params": 0, "constants": 0},
-    split_rngs={"params": True, "dropout": True},
+    body, length=layers, unroll=unroll, in_axes=0,
+    variable_axes={True: 0}, split_rngs={True: True},
     metadata_params={nn.PARTITION_NAME: depth, STACK: name})
-  return scan(block(name=name, **sizes), x, constants)
+  return scan(_layer(parts, name), x, constants)
 
 
 class _Unrolled(nn.Module):
   """Layers that differ in size, one after another."""
 
-  block: Callable[..., nn.Module]
-  sizes: tuple[dict[str, int], ...]
+  parts: tuple[Part, ...]
+  layers: int
   depth: str
 
   @nn.compact
   def __call__(self, x, constants, remat, kwargs):
     outputs = []
-    for i, sizes in enumerate(self.sizes):
+    for i in range(self.layers):
       layer_constants = {k: v[i] for k, v in constants.items()}
-      x = _call(self.block(name=f"{self.depth}_{i}", **sizes), x, layer_constants, remat, kwargs)
+      x = _call(_layer(self.parts, f"{self.depth}_{i}", i), x, layer_constants, remat, kwargs)
       outputs.append(x)
     return x, outputs
 
 
-def _unrolled(block, x, layers, sizes, name, depth, constants, remat, taps, unroll, kwargs):
-  each = tuple({f: s[i] if isinstance(s, tuple) else s for f, s in sizes.items()}
-               for i in range(layers))
-  x, outputs = _Unrolled(block, each, depth, name=name)(x, constants, remat, kwargs)
+def _unrolled(parts, x, layers, name, depth, constants, remat, taps, unroll, kwargs):
+  x, outputs = _Unrolled(parts, layers, depth, name=name)(x, constants, remat, kwargs)
   return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs) if taps else None

@@ -110,9 +110,12 @@ class ViT(nn.Module):
     x += positions.astype(x.dtype)[None]
 
     rates = [self.drop_path * (i + 1) / self.layers for i in range(self.layers)]
+    parts = {
+      "attention": functools.partial(Attention, head_dim=self.head_dim, dropout=self.dropout, **dtypes),
+      "mlp": functools.partial(MLP, dropout=self.dropout, **dtypes)}
     x, outputs = stack(
-      functools.partial(Block, head_dim=self.head_dim, dropout=self.dropout, **dtypes), x,
-      layers=self.layers, sizes=dict(heads=self.heads, mlp=self.mlp), remat=self.remat,
+      parts, x, layers=self.layers,
+      sizes={"attention": {"heads": self.heads}, "mlp": {"mlp": self.mlp}}, remat=self.remat,
       constants={"drop_path": rates} if self.drop_path else None, taps=taps, unroll=self.unroll,
       train=train)
 
@@ -133,11 +136,10 @@ class ViT(nn.Module):
     return x.reshape(batch, -1, p, p, channels)
 
 
-class Block(nn.Module):
-  """Attention and an MLP, each on a residual branch; `[batch, tokens, embed]` to the same."""
+class Attention(nn.Module):
+  """Self-attention on a residual branch; `[batch, tokens, embed]` to the same."""
 
   heads: int
-  mlp: int
   head_dim: int
   dropout: float = 0.0
   dtype: Any = jnp.float32
@@ -146,25 +148,38 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, constants, *, train):
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    embed = x.shape[-1]
-    rate = constant(self, "drop_path", constants) if constants else None
-    branch = functools.partial(self._branch, rate=rate, train=train)
-
-    y = layer_norm("attention_norm", **dtypes)(x)
+    y = layer_norm("norm", **dtypes)(x)
     qkv = Linear(
       "embed -> 3 heads head_dim", (3, self.heads, self.head_dim), name="qkv", **dtypes)(y)
     y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-    x += branch(Linear("heads head_dim -> embed", (embed,), name="out", **dtypes)(y))
+    y = Linear("heads head_dim -> embed", x.shape[-1:], name="out", **dtypes)(y)
+    return x + residual(self, y, constants, self.dropout, train)
 
-    y = layer_norm("mlp_norm", **dtypes)(x)
+
+class MLP(nn.Module):
+  """Two projections on a residual branch; `[batch, tokens, embed]` to the same."""
+
+  mlp: int
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, constants, *, train):
+    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    y = layer_norm("norm", **dtypes)(x)
     y = nn.gelu(Linear("embed -> mlp", (self.mlp,), name="up", **dtypes)(y))
-    return x + branch(Linear("mlp -> embed", (embed,), name="down", **dtypes)(y))
+    y = Linear("mlp -> embed", x.shape[-1:], name="down", **dtypes)(y)
+    return x + residual(self, y, constants, self.dropout, train)
 
-  def _branch(self, y, rate, train):
-    if not train:
-      return y
-    y = nn.Dropout(self.dropout, deterministic=False)(y) if self.dropout else y
-    if rate is None:
-      return y
-    keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (len(y), 1, 1))
-    return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)
+
+def residual(module: nn.Module, y: jax.Array, constants: Any, dropout: float, train: bool) -> jax.Array:
+  """What a residual branch adds: `y`, in training with dropout and the layer's drop path."""
+  rate = constant(module, "drop_path", constants) if constants else None
+  if not train:
+    return y
+  y = nn.Dropout(dropout, deterministic=False)(y) if dropout else y
+  if rate is None:
+    return y
+  keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, (len(y), 1, 1))
+  return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)

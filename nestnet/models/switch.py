@@ -1,0 +1,248 @@
+"""Layers whose sizes are data: one program in which every sub-network costs its own FLOPs.
+
+Each part of a layer is a `lax.switch` over the sizes that it may take, absent being one more
+branch, scanned over the stacked layers. Differentiating the switch itself would keep the residuals
+of every branch; the rule here keeps a part's input alone and switches over the branches' own
+derivatives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core.scope import subtract_filters
+
+from nestnet.axes import variable_axes
+from nestnet.slicing import scatter, take
+from nestnet.subnet import OneOf, Subnet
+
+CHOICE = "choice"
+
+
+class Layers(int):
+  """A number of layers each of which may be absent, as data; otherwise an ordinary int.
+
+  Attributes:
+    beside: Sizes that are the same in all layers, such as the residual width.
+    groups: As in `Space.groups`.
+  """
+
+  def __new__(cls, count: int, beside: Subnet = Subnet(), groups: Mapping[str, int] | None = None):
+    self = super().__new__(cls, count)
+    self.beside, self.groups = beside, dict(groups or {})
+    return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One of the modules that a layer applies in turn.
+
+  Attributes:
+    name: Its key in the layer's parameter tree; None where the layer is this part alone.
+    make: `make(name=..., **sizes)` makes it.
+    sizes: Its fields that have sizes: a size, or several of which a layer has one.
+  """
+
+  name: str | None
+  make: Callable[..., nn.Module]
+  sizes: Mapping[str, Any]
+
+  def choices(self) -> list[dict[str, int]]:
+    """Every combination of sizes, in the order in which `index` counts them."""
+    columns = [s.sizes if isinstance(s, OneOf) else (s,) for s in self.sizes.values()]
+    return [dict(zip(self.sizes, row)) for row in itertools.product(*columns)]
+
+  def index(self, choice: Mapping[str, jax.Array]) -> Any:
+    """Which combination each layer uses, `[layers]`, from the positions of its sizes."""
+    place = 0
+    for field, size in self.sizes.items():
+      if isinstance(size, OneOf):
+        place = place * len(size.sizes) + choice[size.axis]
+    return place
+
+  def subnet(self, sizes: Mapping[str, int]) -> Subnet:
+    """A combination of sizes, by axis."""
+    return Subnet(**{of.axis: sizes[field] for field, of in self.sizes.items() if isinstance(of, OneOf)})
+
+  def module(self, sizes: Mapping[str, int]) -> nn.Module:
+    """The module of a combination of sizes, on its own."""
+    return self.make(name=None, **sizes).clone(parent=None, name=None)
+
+  def of(self, collections: Mapping[str, Any]) -> dict[str, Any]:
+    """This part's own in collections of the layer."""
+    if self.name is None:
+      return dict(collections)
+    return {c: tree[self.name] for c, tree in collections.items() if self.name in tree}
+
+  def under(self, collections: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `of`."""
+    return {c: tree if self.name is None else {self.name: tree} for c, tree in collections.items()}
+
+
+class Switched(nn.Module):
+  """A stack of layers that reads from the `choice` collection what each layer is.
+
+  The collection holds, under the name of the stack, int32 arrays `[layers]`: under the depth axis 1
+  for a layer that is there and 0 for one that is not, and under each axis with several sizes the
+  position of the layer's size among them.
+  """
+
+  parts: tuple[Part, ...]
+  layers: Layers
+  depth: str
+
+  @nn.compact
+  def __call__(self, x, constants, taps, unroll, kwargs):
+    variables = dict(self.variables)
+    choice = variables.pop(CHOICE)
+    params = {"params": variables.pop("params", {})}
+    index = tuple(choice[self.depth] * (1 + part.index(choice)) for part in self.parts)
+    keys = {name: jax.random.split(self.make_rng(name), int(self.layers))
+            for name in self.scope.rngs if name != "params"}
+    mutable = subtract_filters(self.scope.mutable, ["params", CHOICE])
+    shared, whole, join = _split(kwargs)
+
+    def functions(part):
+      example = jax.tree.map(lambda leaf: leaf[0], (part.of(params), part.of(variables), constants, keys))
+      return _functions(part, self.layers, x, example, kwargs, join, mutable)
+
+    run = _run([functions(part) for part in self.parts], self.parts, taps, unroll)
+    x, outputs, updates = run(params, x, shared, ((index, variables, constants, keys), whole))
+    for collections in (part.under(u) for part, u in zip(self.parts, updates)):
+      for collection, tree in collections.items():
+        for key, value in tree.items():
+          if self.has_variable(collection, key) and isinstance(value, Mapping):
+            value = {**self.get_variable(collection, key), **value}
+          self.put_variable(collection, key, value)
+    return x, outputs
+
+
+def _split(kwargs):
+  """Arguments as (arrays with a derivative, other arrays, a function that joins them again)."""
+  leaves, structure = jax.tree.flatten(kwargs)
+  kinds = ["static" if not isinstance(leaf, jax.Array) else
+           "shared" if jnp.issubdtype(leaf.dtype, jnp.inexact) else "whole" for leaf in leaves]
+  static = [leaf if kind == "static" else None for leaf, kind in zip(leaves, kinds)]
+
+  def join(shared, whole):
+    sources = {"shared": iter(shared), "whole": iter(whole), "static": None}
+    return jax.tree.unflatten(structure, [
+      leaf if kind == "static" else next(sources[kind]) for leaf, kind in zip(static, kinds)])
+
+  pick = lambda wanted: [leaf for leaf, kind in zip(leaves, kinds) if kind == wanted]
+  return pick("shared"), pick("whole"), join
+
+
+def _functions(part, layers, x, example, kwargs, join, mutable):
+  """What the part does in each of its choices, absent first, all with results of the same shapes.
+
+  Each is `f(params, x, shared, fixed) -> (x, updates)`, where `fixed` is `((variables, constants,
+  keys), whole)`.
+  """
+  params, variables, constants, keys = example
+  choices = part.choices()
+  modules = [part.module(sizes) for sizes in choices]
+  subnets = [part.subnet(sizes) for sizes in choices]
+  full = part.module({field: max(c[field] for c in choices) for field in part.sizes})
+  names = variable_axes(full, x, constants, **kwargs)
+
+  def small(i, params, x, shared, fixed):
+    """The part in one of its choices, with updates of those sizes."""
+    (variables, constants, keys), whole = fixed
+    subnet = Subnet(**{**layers.beside.chosen, **subnets[i].chosen})
+    cut = {c: take(tree, names[c], subnet, layers.groups, strict=False)
+           for c, tree in {**params, **variables}.items()}
+    return modules[i].apply(cut, x, constants, rngs=keys, mutable=mutable, **join(shared, whole))
+
+  def present(i, params, x, shared, fixed):
+    y, updates = small(i, params, x, shared, fixed)
+    variables = fixed[0][0]
+    return y, {c: _laid(tree, variables.get(c), names.get(c), subnets[i], layers.groups, shapes[c])
+               for c, tree in updates.items()}
+
+  def absent(params, x, shared, fixed):
+    variables = fixed[0][0]
+    return x, {c: variables[c] if c in variables else jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype), tree) for c, tree in shapes.items()}
+
+  shared, whole, _ = _split(kwargs)
+  _, shapes = jax.eval_shape(functools.partial(small, -1), params, x, shared,
+                             ((variables, constants, keys), whole))
+  return [absent, *(functools.partial(present, i) for i in range(len(choices)))]
+
+
+def _laid(small, old, names, subnet, groups, shapes):
+  """Updated variables in the shapes of the full size; what the sub-network lacks stays as it was."""
+  if old is None:
+    return jax.tree.map(lambda leaf, s: jnp.pad(
+      leaf, [(0, full - size) for full, size in zip(s.shape, leaf.shape)]), small, shapes)
+  ones = jax.tree.map(jnp.ones_like, small)
+  spread, mask = (scatter(tree, names, subnet, old, groups) for tree in (small, ones))
+  return jax.tree.map(lambda new, m, kept: jnp.where(m > 0, new, kept), spread, mask, old)
+
+
+def _run(functions, parts, taps, unroll):
+  """`run(params, x, shared, (fixed of each layer, whole)) -> (x, taps, updates of each part)`."""
+
+  def pullback(function):
+    def pull(params, x, shared, fixed, cotangents):
+      return jax.vjp(lambda *args: function(*args, fixed), params, x, shared)[1](cotangents)
+    return pull
+
+  pullbacks = [[pullback(f) for f in branches] for branches in functions]
+
+  def of(entry, part, whole):
+    index, variables, constants, keys = entry
+    return (part.of(variables), constants, keys), whole
+
+  @jax.custom_vjp
+  def run(params, x, shared, fixed):
+    return forward(params, x, shared, fixed)[0]
+
+  def forward(params, x, shared, fixed):
+    each, whole = fixed
+
+    def layer(x, entry):
+      params, each = entry
+      inputs, updates = [], []
+      for part, branches, index in zip(parts, functions, each[0]):
+        inputs.append(x)
+        x, updated = jax.lax.switch(index, branches, part.of(params), x, shared, of(each, part, whole))
+        updates.append(updated)
+      return x, (inputs, updates, x if taps else None)
+
+    x, (inputs, updates, outputs) = jax.lax.scan(layer, x, (params, each), unroll=unroll)
+    return (x, outputs, updates), (params, shared, fixed, inputs)
+
+  def backward(saved, cotangents):
+    params, shared, (each, whole), inputs = saved
+    last, of_outputs, of_updates = cotangents
+
+    def layer(carry, entry):
+      of_x, of_shared = carry
+      params, each, inputs, of_updates, of_output = entry
+      if taps:
+        of_x = jax.tree.map(jnp.add, of_x, of_output)
+      grads = {}
+      for i in reversed(range(len(parts))):
+        grad, of_x, more = jax.lax.switch(
+          each[0][i], pullbacks[i], parts[i].of(params), inputs[i], shared, of(each, parts[i], whole),
+          (of_x, of_updates[i]))
+        of_shared = jax.tree.map(jnp.add, of_shared, more)
+        grads |= grad["params"] if parts[i].name is None else {parts[i].name: grad["params"]}
+      return (of_x, of_shared), {"params": grads}
+
+    start = last, jax.tree.map(jnp.zeros_like, shared)
+    (of_x, of_shared), grads = jax.lax.scan(
+      layer, start, (params, each, inputs, of_updates, of_outputs), reverse=True, unroll=unroll)
+    return grads, of_x, of_shared, None
+
+  run.defvjp(forward, backward)
+  return run

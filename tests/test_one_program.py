@@ -1,0 +1,185 @@
+"""One program for a whole space: equal to slices, whatever the member, and compiled once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nestnet import Space, Subnet, recipes
+from nestnet.execution import Supernet
+from nestnet.models.vit import ViT
+from nestnet.objectives import objective
+from nestnet.one_program import OneProgram
+from nestnet.optim import optimizer, schedule
+from nestnet.sampling import sampler
+from nestnet.sharding import make_mesh, put_batch
+from nestnet.slicing import mask, scatter, take
+from nestnet.steps import Recipe, Step
+
+IMAGES = np.random.default_rng(9).normal(size=(4, 8, 8, 1)).astype(np.float32)
+LABELS = np.array([0, 1, 2, 0])
+INPUT = (jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype),)
+MODEL = ViT(layers=3, embed=16, heads=4, mlp=16, classes=3, head_dim=4, drop_path=0.2, pool="token",
+            features=8)
+SPACES = {
+  "free": Space(layers=(1, 2, 3), embed=(8, 12, 16), heads=(2, 4), mlp=(4, 8, 16), features=(4, 8),
+                per_layer=("heads", "mlp"), groups={"mlp": 2, "heads": 2}),
+  "coupled": Space(couple={"layers embed": ((1, 8), ((0, 2), 8), (3, 16)), "heads mlp": ((1, 4), (2, 16), (4, 16))},
+                   features=(8,)),
+  "least slope": Space(couple={"layers mlp": ((3, (4, 8, 8)), (2, (4, 16)), (3, (16, 16, 16)))},
+                       embed=(16,), heads=(4,), features=(8,)),
+}
+
+
+@functools.cache
+def family(name):
+  net = Supernet(MODEL, SPACES[name], INPUT)
+  return net, OneProgram(net)
+
+
+@functools.cache
+def variables(name):
+  rng = np.random.default_rng(0)
+  draw = lambda s: rng.normal(size=s.shape).astype(s.dtype)
+  shapes = family(name)[0].shapes
+  return {"params": jax.tree.map(draw, shapes["params"]),
+          "constants": jax.tree.map(lambda s: np.full(s.shape, 0.5, s.dtype), shapes["constants"])}
+
+
+def loss_and_gradient(runnable, variables):
+  def loss(params):
+    cut = runnable.cut({**variables, "params": params})
+    cut |= {} if runnable.choice is None else {"choice": runnable.choice}
+    logits = runnable.module.apply(cut, IMAGES)["logits"]
+    return jnp.mean(jnp.sin(logits)), logits
+  return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+
+@functools.cache
+def as_data(name):
+  one = family(name)[1]
+  return jax.jit(lambda vector, v: one.switch(loss_and_gradient, vector, v))
+
+
+def members(name, count):
+  space = SPACES[name]
+  drawn = [space.sample((5, i)) for i in range(count)]
+  return [*drawn, space.smallest, space.largest]
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_as_data_equals_the_slice_and_the_extracted_network(name):
+  net, _ = family(name)
+  for subnet in {*members(name, 3), *([Subnet(layers=(0, 2), embed=12, heads=(2, 4), mlp=(16, 4), features=4)]
+                                       if name == "free" else [])}:
+    (loss, logits), grads = jax.jit(lambda v: loss_and_gradient(net.runnable(subnet), v))(variables(name))
+    alone = jax.jit(net.module(subnet).apply)(net.cut(variables(name), subnet), IMAGES)["logits"]
+    vector = family(name)[1].vector(subnet)
+    (found, found_logits), found_grads = as_data(name)(vector, variables(name))
+    np.testing.assert_allclose(found_logits, alone, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, loss, rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found_grads, grads)
+    for a, b in zip(*map(jax.tree.leaves, (found_grads, grads))):
+      assert not np.asarray(a)[np.asarray(b) == 0].any()
+  assert as_data(name)._cache_size() == 1
+
+
+def make(name, space, execution, devices=1, model=MODEL, **options):
+  group = recipes.recipe(name)
+  own = dict(group["sampler"]) | options
+  group["objective"].pop("name")
+  net = Supernet(model, space, INPUT)
+  return Step(net, Recipe(sampler(own.pop("name"), space, 0, **own),
+                          objective("classification", **group["objective"])),
+              optimizer("sgd", schedule("constant", 0.01, 0, 10), 0.01, 0.0), make_mesh({"data": devices}),
+              execution=execution)
+
+
+def train(step, steps, batch_of=lambda at: {"image": IMAGES, "label": LABELS}):
+  state, metrics = step.init(), {}
+  for at in range(steps):
+    state, metrics = jax.block_until_ready(step(state, put_batch(batch_of(at), step.mesh), at))
+  return state, metrics
+
+
+SMALL = ViT(layers=2, embed=8, heads=2, mlp=8, classes=3, head_dim=4)
+FEW = Space(layers=(1, 2), embed=(4, 8), heads=(1, 2), mlp=(4, 8))
+
+
+@pytest.mark.parametrize("name, options", [
+  ("sandwich", {"random": 1}), ("sandwich", {"random": 1, "candidates": 2}), ("sorted", {"n": 2})], ids=str)
+def test_training_is_that_of_slices(name, options):
+  """In-place distillation, a choice among candidates, labels alone."""
+  (state, metrics), (own, own_metrics) = (
+    train(make(name, FEW, execution, model=SMALL, **options), 3) for execution in ("slice", "one_program"))
+  np.testing.assert_allclose(own_metrics["loss"], metrics["loss"], rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), own.trained, state.trained)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_what_a_vector_uses_is_what_the_slice_uses(name):
+  net, one = family(name)
+  for subnet in members(name, 3):
+    axes, groups = net.axes["params"], SPACES[name].groups
+    ones = jax.tree.map(lambda s: np.ones(s.shape), net.shapes["params"])
+    small = take(ones, axes, subnet, groups)
+    used = jax.tree.map(lambda x: np.asarray(x) > 0, scatter(small, axes, subnet, ones, groups))
+    found = mask(ones, axes, one.sizes(one.vector(subnet)), groups)
+    jax.tree.map(np.testing.assert_array_equal, found, used)
+
+
+def test_untouched_weights_stay():
+  group = make("sorted", FEW, "one_program", model=SMALL, n=1)
+  step = Step(group.supernet, dataclasses.replace(group.recipe, untouched="freeze"),
+              optimizer("adamw", schedule("constant", 0.01, 0, 10), 0.1, 0.0), group.mesh, execution="one_program")
+  start, (subnet,) = step.init(), step.recipe.sampler.terms(0)[0].candidates
+  state = train(step, 1)[0]
+  used = mask(start.trained, step.axes, step.one.sizes(step.one.vector(subnet)))
+  moved = jax.tree.map(lambda a, b: np.asarray(a != b), state.trained, start.trained)
+  assert not all(leaf.all() for leaf in jax.tree.leaves(used))
+  for own, other in zip(jax.tree.leaves(used), jax.tree.leaves(moved)):
+    assert other.any() and not other[~np.asarray(own)].any()
+
+
+def test_a_thousand_members_compile_one_program_for_each_role(caplog):
+  space = Space(layers=(6, 7, 8), embed=(4, 8), heads=(1, 2), mlp=(4, 6, 8), per_layer=("heads", "mlp"))
+  model = ViT(layers=8, embed=8, heads=2, mlp=8, classes=3, head_dim=4)
+  assert space.size > 10 ** 6
+  seen = set()
+  for name, options in (("sandwich", {"random": 50}), ("sorted", {"n": 50})):
+    caplog.clear()
+    step = make(name, space, "auto", model=model, **options)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+      train(step, 10)
+    compiled = [r.getMessage().split(" with ")[0] for r in caplog.records]
+    gradients = [line for line in compiled if line.startswith("Compiling") and "_add_gradient" in line]
+    # The sandwich: the largest, which teaches, and one program for all that are taught.
+    assert len(gradients) == {"sandwich": 2, "sorted": 1}[name]
+    assert compiled.count("Compiling jit(_updated)") == 1
+    seen |= {c for at in range(10) for t in step.recipe.sampler.terms(at) for c in t.candidates}
+  assert len(seen) > 990 and len({s["embed"] for s in seen}) == 2
+
+
+@pytest.mark.parametrize("execution, message", [
+  ("one_program", "Dense has no stack of layers.*train.execution=slice"),
+  ("sliced", "unknown train.execution 'sliced'.*auto, slice, one_program")])
+def test_what_cannot_be_data_is_refused(execution, message):
+  import flax.linen as nn
+  from nestnet.axes import axes
+
+  class Dense(nn.Module):
+    mlp: int
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+      kernel = self.param("w", axes(nn.initializers.ones, "pixels -> mlp"), (64, self.mlp))
+      return {"logits": x.reshape(len(x), -1) @ kernel}
+
+  with pytest.raises(ValueError, match=message):
+    make("sorted", Space(mlp=(2, 3)), execution, model=Dense(3))
