@@ -20,7 +20,7 @@ from nestnet.interop.folder import make_module, module_fields
 from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
-from nestnet.sampling import sampler
+from nestnet.sampling import Sampler, on_shards, sampler
 from nestnet.sharding import make_mesh
 from nestnet.space import Space
 from nestnet.steps import Recipe, Step
@@ -33,7 +33,7 @@ GROUPS = {
   "optim": ("name", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip_norm", "momentum",
             "b1", "b2"),
   "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
-            "execution"),
+            "execution", "per_shard_subnets"),
   "mesh": ("data",),
 }
 REQUIRED = {
@@ -141,14 +141,23 @@ def _stretches(phases: Sequence[Mapping]) -> list[tuple[int, int, bool]]:
 def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, steps: int) -> Step:
   supernet = _supernet(config, dataset)
   recipe, optim, seed = config["recipe"], dict(config["optim"]), config.get("seed", 0)
-  options = dict(recipe["sampler"])
+  shards = mesh.shape["data"] if config["train"].get("per_shard_subnets") else 1
   made = Recipe(
-    sampler(options.pop("name"), supernet.space, seed, **options), objective(**recipe["objective"]),
+    _sampler(recipe["sampler"], supernet.space, seed, shards), objective(**recipe["objective"]),
     **{k: recipe[k] for k in ("teacher", "ema", "select", "untouched") if k in recipe})
   rate = schedule(optim.pop("schedule", "constant"), optim.pop("learning_rate"),
                   optim.pop("warmup_steps", 0), steps)
   return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed,
               config["train"].get("execution", "auto"))
+
+
+def _sampler(options: Mapping[str, Any], space: Space, seed: int, shards: int) -> Sampler:
+  """One sampler; or one for each data shard, with seeds that no other run's shards have."""
+  options = dict(options)
+  name = options.pop("name")
+  if shards == 1:
+    return sampler(name, space, seed, **options)
+  return on_shards([sampler(name, space, seed * shards + k, **options) for k in range(shards)])
 
 
 def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:

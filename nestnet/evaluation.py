@@ -15,6 +15,8 @@ from nestnet.data import arrays
 from nestnet.evaluators.classification import classification
 from nestnet.execution import Supernet
 from nestnet.logs import Progress
+from nestnet.one_program import OneProgram
+from nestnet.sampling import Member
 from nestnet.space import ENUMERABLE, Space, volume
 from nestnet.steps import Step, TrainState
 from nestnet.subnet import Subnet
@@ -79,20 +81,25 @@ def budget(run: Run, steps: int) -> dict[str, Any]:
           "seed": run.config.get("seed", 0)}
 
 
-def step_flops(step: Step) -> Callable[[int], int]:
+def step_flops(step: Step) -> Callable[[int], float]:
   """The function from a step's number to its FLOPs, all passes, for one image of the batch.
 
   The passes of the networks are counted, as the objective runs them by default: one forward of each
   and its derivative. What an objective adds of its own (heads, losses) is left out. Among
-  candidates the first stands for the one that trains.
+  candidates the first stands for the one that trains. Where each data shard has a sub-network of its
+  own, their mean counts.
   """
   supernet, sampler = step.supernet, step.recipe.sampler
+  # One program trains too many members to trace each.
+  of_one = layered_flops(supernet) if step.one else (
+    lambda subnet, train: _flops(supernet.module(subnet), supernet.inputs, train))
 
   @functools.cache
-  def flops(subnet: Subnet, train: bool) -> int:
-    return _flops(supernet.module(subnet), supernet.inputs, train)
+  def flops(member: Member, train: bool) -> float:
+    members = member if isinstance(member, tuple) else (member,)
+    return sum(of_one(m, train) for m in members) / len(members)
 
-  def count(number: int) -> int:
+  def count(number: int) -> float:
     terms = sampler.terms(number)
     trained = sum(flops(term.candidates[0], True) for term in terms)
     tried = sum(flops(c, False) for term in terms if len(term.candidates) > 1 for c in term.candidates)
@@ -100,6 +107,46 @@ def step_flops(step: Step) -> Callable[[int], int]:
     return trained + tried + taught
 
   return count
+
+
+def layered_flops(supernet: Supernet) -> Callable[[Subnet, bool], int]:
+  """The FLOPs of members, as sums over their layers: each kind of layer is traced once.
+
+  Two layers of a kind take twice what one adds, so networks of one and of two layers tell what a
+  layer and what the rest takes.
+  """
+  one = OneProgram(supernet)
+  depths = tuple(one.stacks.values())
+
+  @functools.cache
+  def measured(sizes: frozenset[tuple[str, int]], train: bool) -> int:
+    return _flops(supernet.module(Subnet(**dict(sizes))), supernet.inputs, train)
+
+  @functools.cache
+  def single(width: frozenset[tuple[str, int]]) -> dict[str, int]:
+    """One layer in each stack, of the first kind."""
+    inner = {axis: one.choices(axis, dict(width))[0] for axis in one.inner}
+    return dict(width) | inner | dict.fromkeys(depths, 1)
+
+  @functools.cache
+  def added(width: frozenset[tuple[str, int]], depth: str, kind: frozenset[tuple[str, int]], train: bool) -> int:
+    sizes = single(width) | dict(kind)
+    return (measured(frozenset((sizes | {depth: 2}).items()), train)
+            - measured(frozenset(sizes.items()), train))
+
+  def flops(subnet: Subnet, train: bool) -> int:
+    width = frozenset((axis, subnet.chosen[axis]) for axis in one.outer)
+    first = single(width)
+    total = measured(frozenset(first.items()), train)
+    for depth in depths:
+      axes = one.listed(depth)
+      total -= added(width, depth, frozenset((a, first[a]) for a in axes), train)
+      for position in range(one.kept(subnet, depth)):
+        layer = subnet.layer(depth, position).chosen
+        total += added(width, depth, frozenset((a, layer[a]) for a in axes), train)
+    return total
+
+  return flops
 
 
 @functools.lru_cache(maxsize=1024)

@@ -21,7 +21,7 @@ from nestnet.errors import UserError
 from nestnet.execution import Runnable, Supernet
 from nestnet.models.switch import Layers
 from nestnet.slicing import take
-from nestnet.subnet import OneOf, Subnet, depth_of, is_depth, kept_ids
+from nestnet.subnet import OneOf, Subnet, depth_of, is_depth, kept_count, kept_ids
 
 
 class OneProgram:
@@ -61,13 +61,18 @@ class OneProgram:
       present = np.zeros(length, np.int32)
       present[list(ids)] = 1
       numbers.append(present)
-      for axis in self._listed(depth):
-        choices, position = self._choices(axis, width), np.zeros(length, np.int32)
+      for axis in self.listed(depth):
+        choices, position = self.choices(axis, width), np.zeros(length, np.int32)
         sizes = subnet.chosen[axis]
         sizes = sizes if isinstance(sizes, tuple) else (sizes,) * len(ids)
         position[list(ids)] = [choices.index(size) for size in sizes]
         numbers.append(position)
     return np.concatenate(numbers).astype(np.int32)
+
+  def kept(self, subnet: Subnet, depth: str) -> int:
+    """How many layers of a stack a member has."""
+    lengths = {d: self.lengths[path] for path, d in self.stacks.items()}
+    return kept_count(subnet.chosen.get(depth, lengths[depth]))
 
   def switch(self, run: Callable[..., Any], vector: jax.Array, *operands: Any) -> Any:
     """`run(runnable, *operands)` in the branch of the vector's outer sizes.
@@ -93,10 +98,10 @@ class OneProgram:
     for path, tree in self._entries(vector[1:]):
       depth = self.stacks[path]
       entries[depth] = tree[depth]
-      for axis in self._listed(depth):
-        table = np.zeros((len(self.widths), max(len(self._choices(axis, w)) for w in self.widths)), np.int32)
+      for axis in self.listed(depth):
+        table = np.zeros((len(self.widths), max(len(self.choices(axis, w)) for w in self.widths)), np.int32)
         for row, width in zip(table, self.widths):
-          choices = self._choices(axis, width)
+          choices = self.choices(axis, width)
           row[:len(choices)] = choices
         entries[axis] = jnp.asarray(table)[vector[0], tree[axis]]
     for axis in self.outer:
@@ -110,15 +115,17 @@ class OneProgram:
     return {name: take(tree, axes[name], subnet, self.supernet.space.groups, strict=False)
             for name, tree in variables.items()}
 
-  def _listed(self, depth):
+  def listed(self, depth: str) -> list[str]:
+    """The axes that have a size in each layer of a stack."""
     return [axis for axis in self.inner if depth_of(axis) == depth]
 
-  def _choices(self, axis, width) -> tuple[int, ...]:
+  def choices(self, axis: str, width: Mapping[str, int]) -> tuple[int, ...]:
+    """The sizes that an inner axis may have beside outer ones, in rising order."""
     return _choices(self.supernet.space, axis, tuple(width.items()))
 
   def _module(self, width):
     space, model = self.supernet.space, self.supernet.model
-    inner: dict[str, Any] = {axis: OneOf(axis, self._choices(axis, width)) for axis in self.inner}
+    inner: dict[str, Any] = {axis: OneOf(axis, self.choices(axis, width)) for axis in self.inner}
     depths = {depth: Layers(self.lengths[path], Subnet(**width), space.groups)
               for path, depth in self.stacks.items()}
     return model.clone(**width, **inner, **depths)
@@ -127,7 +134,7 @@ class OneProgram:
     start = 0
     for path, depth in self.stacks.items():
       tree = {}
-      for axis in (depth, *self._listed(depth)):
+      for axis in (depth, *self.listed(depth)):
         tree[axis] = numbers[start:start + self.lengths[path]]
         start += self.lengths[path]
       yield path, tree

@@ -17,6 +17,9 @@ from nestnet.imports import by_path
 from nestnet.space import Space
 from nestnet.subnet import Subnet
 
+# One sub-network, or one for each data shard.
+Member = Subnet | tuple[Subnet, ...]
+
 FIXED_LIMIT = 8
 # Keeps the draws apart from those of the data, which has streams of its own.
 _STREAM = 7
@@ -27,14 +30,14 @@ class Term:
   """One sub-network's share of a step.
 
   Attributes:
-    candidates: The sub-network that trains; with several, the recipe's `select` decides by their
-      losses on the batch of this very step.
+    candidates: The sub-network that trains, or one for each data shard; with several, the recipe's
+      `select` decides by their losses on the batch of this very step.
     weight: Factor of its loss.
     taught: Whether it learns from the teacher's outputs; otherwise from the labels.
     regularised: Whether dropout and drop path are on.
   """
 
-  candidates: tuple[Subnet, ...]
+  candidates: tuple[Member, ...]
   weight: float = 1.0
   taught: bool = False
   regularised: bool = True
@@ -70,6 +73,30 @@ def sampler(name: str, space: Space, seed: int = 0, **options) -> Sampler:
   # A wrong option of the drawing itself is said here too, not at the first step.
   made.terms(0)
   return made
+
+
+def on_shards(samplers: Sequence[Sampler]) -> Sampler:
+  """Each data shard draws for itself, by a sampler of its own with a seed of its own.
+
+  Raises:
+    ValueError: At step 0 they differ in more than in what they drew.
+  """
+  def terms(step):
+    return tuple(map(_together, zip(*(s.terms(step) for s in samplers), strict=True)))
+
+  terms(0)
+  return Sampler(terms, fixed=all(s.fixed for s in samplers))
+
+
+def _together(terms: tuple[Term, ...]) -> Term:
+  first = terms[0]
+  for term in terms:
+    if dataclasses.replace(term, candidates=first.candidates) != first or len(
+        term.candidates) != len(first.candidates):
+      raise UserError(f"data shards may differ in their sub-networks alone, got {first} and {term}")
+  drawn = zip(*(t.candidates for t in terms))
+  return dataclasses.replace(first, candidates=tuple(
+    members[0] if len(set(members)) == 1 else members for members in drawn))
 
 
 def largest(space: Space, seed: int) -> Sampler:

@@ -21,16 +21,15 @@ from nestnet import execution
 from nestnet.axes import Axes, is_axes
 from nestnet.errors import UserError, one_of
 from nestnet.execution import Supernet
-from nestnet.objectives.base import Objective, Targets
-from nestnet.one_program import OneProgram, stacks
-from nestnet.sampling import FIXED_LIMIT, Sampler, Term
+from nestnet.gradients import Gradients, as_data
+from nestnet.objectives.base import Objective
+from nestnet.one_program import OneProgram
+from nestnet.sampling import FIXED_LIMIT, Member, Sampler, Term
 from nestnet.sharding import replicated
-from nestnet.slicing import mask, scatter, take
 from nestnet.subnet import Subnet
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
 Metrics = dict[str, jax.Array]
-EXECUTIONS = ("auto", "slice", "one_program")
 
 
 @struct.dataclass
@@ -102,7 +101,6 @@ class Step:
   def __init__(self, supernet: Supernet, recipe: Recipe, optimizer: Optimizer, mesh: jax.sharding.Mesh,
                seed: int = 0, execution: str = "auto"):
     self.supernet, self.recipe, self.mesh = supernet, recipe, mesh
-    self.one = OneProgram(supernet) if _as_data(execution, supernet, recipe) else None
     self._key = jax.random.key(seed)
     objective_axes = []
 
@@ -119,7 +117,8 @@ class Step:
       raise UserError("the objective's axes must name every leaf of its parameters: got "
                       f"{self.axes['objective']} for {shapes}")
     self.tx = optimizer(jax.tree.map(lambda a: bool(a.contracted), self.axes, is_leaf=is_axes))
-    self._compiled = functools.lru_cache(maxsize=None)(self._compile)
+    self._gradients = Gradients(supernet, recipe.objective, self.axes, mesh,
+                                as_data(execution, supernet, recipe.sampler))
     self._update = jax.jit(self._updated, donate_argnums=(0, 1))
     self._whole = jax.jit(self._fixed_step, donate_argnums=0)
     # Laid out as the update returns them, lest every program compile twice.
@@ -152,6 +151,11 @@ class Step:
       return None
     return jax.tree.map(jnp.copy, trained)
 
+  @property
+  def one(self) -> OneProgram | None:
+    """The one program of all members, where there is one."""
+    return self._gradients.one
+
   def member(self, state: TrainState, subnet: Subnet) -> dict[str, Any]:
     """The variables of a sub-network as it is evaluated and extracted."""
     return execution.member(self.supernet, self.recipe.objective, self.axes["objective"],
@@ -170,13 +174,13 @@ class Step:
     if self.recipe.sampler.fixed and single and len(terms) <= FIXED_LIMIT:
       return self._whole(state, batch)
     sums, self._sums = self._sums or self._start(state.trained), None
-    state, self._sums, metrics = self._make(terms, state, batch, sums, self._program, self._update)
+    state, self._sums, metrics = self._make(terms, state, batch, sums, self._gradients.adding, self._update)
     return state, metrics
 
   def _fixed_step(self, state, batch):
     """The whole step in one program, for a list of terms that never changes."""
     def gradient(subnet, regularised, gives):
-      return functools.partial(self._add_gradient, regularised, gives, subnet)
+      return functools.partial(self._gradients.add, regularised, gives, subnet)
 
     state, _, metrics = self._make(self.recipe.sampler.terms(0), state, batch,
                                    self._zeros(state.trained), gradient, self._updated)
@@ -226,85 +230,15 @@ class Step:
       return objective.teach(trained["objective"], state, outputs, batch, step)
     return jax.jit(teach)
 
-  def _selected(self, term, state, batch, taught, index) -> Subnet:
+  def _selected(self, term, state, batch, taught, index) -> Member:
+    """The sub-network that a term trains; with several on the data shards, one for each."""
     if len(term.candidates) == 1:
       return term.candidates[0]
-    losses = [self._program(c, term.regularised, None)(
+    losses = [self._gradients.loss(c, term.regularised)(
       state.trained, state.fixed, state.objective, batch, taught, state.step, self._key, index)
       for c in term.candidates]
     order = sorted(range(len(losses)), key=lambda i: float(losses[i]))
     return term.candidates[order[0 if self.recipe.select == "lowest" else -1]]
-
-  def _program(self, subnet: Subnet, regularised: bool, gives: bool | None) -> Callable[..., Any]:
-    """The compiled gradient of a sub-network, or its loss where `gives` is None."""
-    # A teacher is the largest: a program of its own runs it at the cost of the network alone.
-    if self.one is None or (gives and subnet == self.supernet.space.largest):
-      return self._compiled(regularised, gives, subnet)
-    return functools.partial(self._compiled(regularised, gives), self.one.vector(subnet))
-
-  def _compile(self, regularised: bool, gives: bool | None, *subnet: Subnet):
-    if gives is None:
-      return jax.jit(functools.partial(self._loss, regularised, *subnet))
-    return jax.jit(functools.partial(self._add_gradient, regularised, gives, *subnet),
-                   donate_argnames="sums")
-
-  def _over(self, who: Subnet | jax.Array, run: Callable[..., Any], *operands: Any) -> Any:
-    """`run(runnable, *operands)` for a sub-network, or for the member that a vector stands for."""
-    if isinstance(who, Subnet):
-      return run(self.supernet.runnable(who), *operands)
-    return self.one.switch(run, who, *operands)
-
-  def _loss(self, regularised, who, trained, fixed, state, batch, taught, step, key, index):
-    def loss(runnable, *operands):
-      return self._term(runnable, regularised, *operands)[0]
-    return self._over(who, loss, trained, fixed, state, batch, taught, step, key, index)
-
-  def _term(self, runnable, regularised, trained, fixed, state, batch, taught, step, key, index):
-    rng = jax.random.fold_in(jax.random.fold_in(key, 1 + step), index)
-    return execution.term_loss(
-      self.supernet, self.recipe.objective, self.axes["objective"], runnable, regularised, trained,
-      fixed, state, Targets(batch, taught), step, rng)
-
-  def _add_gradient(self, regularised: bool, gives: bool, who, trained, fixed, state, batch, taught,
-                    step, key, index, weight, sums):
-    """Adds one sub-network's weighted gradient and loss to `sums`."""
-    operands = trained, fixed, state, batch, taught, step, key, index
-
-    def gradient(runnable, trained, *rest):
-      loss = lambda trained: self._term(runnable, regularised, trained, *rest)
-      (value, (outputs, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-      return value, self._given(runnable, outputs, trained, *rest) if gives else None, metrics, grads
-
-    loss, given, metrics, grads = self._over(who, gradient, *operands)
-    total = {"loss": sums["loss"] + weight * loss, "grads": jax.tree.map(
-      lambda s, g: s + weight * g, sums["grads"], grads)}
-    if "touched" in sums:
-      total["touched"] = jax.tree.map(jnp.logical_or, sums["touched"], self._touched(trained, who))
-    return total, given, metrics
-
-  def _given(self, runnable, outputs, trained, fixed, state, batch, taught, step, *rest):
-    """What is kept of a sub-network's outputs; all members' in the shapes of the largest's."""
-    def teach(outputs):
-      return self.recipe.objective.teach(
-        trained["objective"], state, jax.lax.stop_gradient(outputs), batch, step)
-
-    given = teach(outputs)
-    if runnable.choice is None:
-      return given
-    largest = self.supernet.runnable(self.supernet.space.largest)
-    full = jax.eval_shape(lambda *a: teach(self._term(largest, False, *a)[1][0]), trained, fixed, state,
-                          batch, taught, step, *rest)
-    return jax.tree.map(lambda x, like: jnp.pad(
-      x, [(0, n - m) for m, n in zip(x.shape, like.shape)]), given, full)
-
-  def _touched(self, trained, who):
-    """Which weights a sub-network uses, a tree of booleans."""
-    groups = self.supernet.space.groups
-    if not isinstance(who, Subnet):
-      return mask(trained, self.axes, self.one.sizes(who), groups)
-    small = jax.eval_shape(lambda t: take(t, self.axes, who, groups, strict=False), trained)
-    ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), small)
-    return jax.tree.map(lambda x: x > 0, scatter(ones, self.axes, who, trained, groups))
 
   def _zeros(self, trained):
     sums = {"loss": jnp.zeros(()), "grads": jax.tree.map(jnp.zeros_like, trained)}
@@ -341,13 +275,3 @@ class Step:
                                  transform_non_params=lambda _: True)
     return updates, jax.tree.map(jnp.where, kept, opt_state, state.opt_state)
 
-
-def _as_data(execution: str, supernet: Supernet, recipe: Recipe) -> bool:
-  """Whether sub-networks are data to one program."""
-  if execution not in EXECUTIONS:
-    raise one_of("train.execution", execution, EXECUTIONS)
-  if execution != "auto":
-    return execution == "one_program"
-  space = supernet.space
-  return not recipe.sampler.fixed and not space.pool and space.size > FIXED_LIMIT and bool(
-    stacks(supernet.axes["params"]))

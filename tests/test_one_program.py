@@ -9,15 +9,18 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from nestnet import Space, Subnet, recipes
+from nestnet import Space, Subnet, cost, recipes
+from nestnet.evaluation import layered_flops
 from nestnet.execution import Supernet
 from nestnet.models.vit import ViT
 from nestnet.objectives import objective
+from nestnet.objectives.base import Targets
 from nestnet.one_program import OneProgram
 from nestnet.optim import optimizer, schedule
-from nestnet.sampling import sampler
+from nestnet.sampling import on_shards, sampler
 from nestnet.sharding import make_mesh, put_batch
 from nestnet.slicing import mask, scatter, take
 from nestnet.steps import Recipe, Step
@@ -183,3 +186,70 @@ def test_what_cannot_be_data_is_refused(execution, message):
 
   with pytest.raises(ValueError, match=message):
     make("sorted", Space(mlp=(2, 3)), execution, model=Dense(3))
+
+
+def own_loss_and_gradient(step, state, subnet, batch, taught=None):
+  """Of one sub-network alone, on one device."""
+  def loss(params):
+    variables = step.supernet.cut({"params": params, **state.fixed}, subnet)
+    outputs = step.supernet.module(subnet).apply(variables, batch["image"])
+    return step.recipe.objective.loss({}, {}, outputs, Targets(batch, taught), 0, None)[0]
+  return jax.value_and_grad(loss)(state.trained["model"])
+
+
+def test_data_shards_train_members_of_their_own(caplog):
+  """The averaged gradient is that computed sub-network by sub-network, and one program makes it."""
+  shards, size = 4, 8
+  step = make("sorted", SPACES["free"], "one_program", devices=shards, n=1)
+  space = SPACES["free"]
+  drawn = on_shards([sampler("sorted_nested", space, k, n=2) for k in range(shards)])
+  step = Step(step.supernet, dataclasses.replace(step.recipe, sampler=drawn), capture, step.mesh,
+              execution="one_program")
+  rng = np.random.default_rng(3)
+  batch = {"image": rng.normal(size=(size, 8, 8, 1)).astype(np.float32), "label": rng.integers(0, 3, size)}
+  state = step.init()
+  start = jax.tree.map(np.asarray, state)
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    for at in range(2):
+      state, metrics = jax.block_until_ready(step(state, put_batch(batch, step.mesh), at))
+  compiled = [r.getMessage().split(" with ")[0] for r in caplog.records]
+  assert sum("_add_gradient" in line or "jit(add)" in line for line in compiled if line.startswith("Compiling")) == 1
+  terms = drawn.terms(0)
+  assert len({m for t in terms for m in t.candidates[0]}) > 4
+  state, metrics = step(jax.tree.map(jnp.asarray, start), put_batch(batch, step.mesh), 0)
+  expected, total = jax.tree.map(jnp.zeros_like, start.trained["model"]), 0.0
+  for term in terms:
+    for k, subnet in enumerate(term.candidates[0]):
+      share = {name: value[k * size // shards:(k + 1) * size // shards] for name, value in batch.items()}
+      loss, grads = own_loss_and_gradient(step, start, subnet, share)
+      total += loss / shards
+      expected = jax.tree.map(lambda e, g: e + g / shards, expected, grads)
+  np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+               state.opt_state["model"], expected)
+
+
+def capture(mask):
+  """An optimizer that keeps the gradient, exactly, as its state, and moves nothing."""
+  del mask
+  return optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads))
+
+
+def test_shards_agree_on_what_is_the_same():
+  space = SPACES["free"]
+  terms = on_shards([sampler("sandwich", space, k) for k in range(3)]).terms(5)
+  assert terms[0].candidates == (space.largest,) and terms[-1].candidates == (space.smallest,)
+  assert all(len(t.candidates[0]) == 3 and t.taught for t in terms[1:-1])
+  with pytest.raises(ValueError, match="differ in their sub-networks alone"):
+    on_shards([sampler("sandwich", space, 0), sampler("sandwich", space, 0, reduce="mean")])
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_flops_of_members_are_sums_over_layers(name):
+  net, _ = family(name)
+  count = layered_flops(net)
+  for subnet in members(name, 4):
+    for train in (False, True):
+      assert count(subnet, train) == cost.flops(net.module(subnet), *net.inputs, train=train)

@@ -1,0 +1,192 @@
+"""The gradient of one term of a step: what is compiled for it, and how often.
+
+A sub-network is a program of its own (a slice), or data to one program that serves them all. With
+sub-networks of their own on the shards of the batch, each device group runs another one in the same
+program, and one reduction adds up their gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from nestnet import execution
+from nestnet.errors import UserError, one_of
+from nestnet.execution import Runnable, Supernet
+from nestnet.objectives.base import Objective, Targets
+from nestnet.one_program import OneProgram, stacks
+from nestnet.sampling import FIXED_LIMIT, Member, Sampler
+from nestnet.slicing import mask, scatter, take
+from nestnet.subnet import Subnet
+
+EXECUTIONS = ("auto", "slice", "one_program")
+
+
+class Gradients:
+  """Compiled gradients and losses of the members of a supernet.
+
+  Args:
+    supernet: The family.
+    objective: What each member minimises.
+    axes: Axis names of `{"model": ..., "objective": ...}`.
+    mesh: The device mesh.
+    as_data: Whether one program serves all members, instead of one for each.
+  """
+
+  def __init__(self, supernet: Supernet, objective: Objective, axes: Any, mesh: jax.sharding.Mesh,
+               as_data: bool):
+    self.supernet, self.objective, self.axes, self.mesh = supernet, objective, axes, mesh
+    self.one = OneProgram(supernet) if as_data else None
+    self._loss = functools.lru_cache(maxsize=None)(
+      lambda regularised, *subnet: jax.jit(functools.partial(self._losses, regularised, *subnet)))
+    self._add = functools.lru_cache(maxsize=None)(
+      lambda regularised, gives, *subnet: jax.jit(
+        functools.partial(self.add, regularised, gives, *subnet), donate_argnames="sums"))
+
+  def loss(self, member: Member, regularised: bool) -> Callable[..., jax.Array]:
+    """`f(trained, fixed, state, batch, taught, step, key, index) -> loss`, compiled."""
+    return self._of(self._loss, member, regularised)
+
+  def adding(self, member: Member, regularised: bool, gives: bool) -> Callable[..., Any]:
+    """`f(trained, fixed, state, batch, taught, step, key, index, weight, sums) -> (sums, given,
+    metrics)`, compiled; `sums` is donated."""
+    # A teacher is the largest: a program of its own runs it at the cost of the network alone.
+    if gives and member == self.supernet.space.largest:
+      return self._add(regularised, gives, member)
+    return self._of(self._add, member, regularised, gives)
+
+  def _of(self, compiled, member, *options):
+    if isinstance(member, tuple):
+      if self.one is None:
+        raise UserError("sub-networks of their own on the data shards must be data to one program: "
+                        "train.per_shard_subnets needs train.execution=one_program")
+      vectors = np.stack([self.one.vector(m) for m in member])
+      sharding = NamedSharding(self.mesh, P("data"))
+      vector = jax.make_array_from_callback(vectors.shape, sharding, lambda index: vectors[index])
+      return functools.partial(compiled(*options), vector)
+    if self.one is None:
+      return compiled(*options, member)
+    return functools.partial(compiled(*options), self.one.vector(member))
+
+  def add(self, regularised: bool, gives: bool, who: Subnet | jax.Array, trained, fixed, state, batch,
+          taught, step, key, index, weight, sums):
+    """Adds one term's weighted gradient and loss to `sums`; not compiled.
+
+    Args:
+      regularised: Whether dropout and drop path are on.
+      gives: Whether the outputs are kept, as the objective's `teach` leaves them.
+      who: A sub-network; or its vector; or `[shards, entries]` vectors, one for each data shard.
+      trained: `{"model": params, "objective": params}`.
+      fixed: The model's other collections.
+      state: The objective's untrained state.
+      batch: The batch.
+      taught: What the teacher gives, or None.
+      step: Number of the step.
+      key: The run's key.
+      index: Position of the term in the step.
+      weight: Of the term.
+      sums: `{"loss": ..., "grads": ...}`, and `"touched"` where that is asked for.
+
+    Returns:
+      The sums, what is given or None, and the objective's metrics.
+    """
+    operands = trained, fixed, state, batch, taught, step, key, index
+
+    def gradient(runnable, trained, *rest):
+      loss = lambda trained: self._term(runnable, regularised, trained, *rest)
+      (value, (outputs, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+      return (value, metrics, grads), self._given(runnable, outputs, trained, *rest) if gives else None
+
+    (loss, metrics, grads), given = self._over(who, gradient, *operands)
+    total = {"loss": sums["loss"] + weight * loss, "grads": jax.tree.map(
+      lambda s, g: s + weight * g, sums["grads"], grads)}
+    if "touched" in sums:
+      total["touched"] = jax.tree.map(jnp.logical_or, sums["touched"], self.touched(trained, who))
+    return total, given, metrics
+
+  def touched(self, trained: Any, who: Subnet | jax.Array) -> Any:
+    """Which weights a term uses, a tree of booleans."""
+    groups = self.supernet.space.groups
+    if isinstance(who, Subnet):
+      small = jax.eval_shape(lambda t: take(t, self.axes, who, groups, strict=False), trained)
+      ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), small)
+      return jax.tree.map(lambda x: x > 0, scatter(ones, self.axes, who, trained, groups))
+    masks = [mask(trained, self.axes, self.one.sizes(v), groups) for v in jnp.atleast_2d(who)]
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.logical_or, a, b), masks)
+
+  def _losses(self, regularised, who, *operands):
+    def loss(runnable, *operands):
+      return self._term(runnable, regularised, *operands)[0], None
+    return self._over(who, loss, *operands)[0]
+
+  def _over(self, who, run, *operands):
+    """`run(runnable, *operands) -> (means over the batch, arrays [batch, ...])` for whom it is asked."""
+    if isinstance(who, Subnet):
+      return run(self.supernet.runnable(who), *operands)
+    if who.ndim == 1:
+      return self.one.switch(run, who, *operands)
+    return self._per_shard(who, run, *operands)
+
+  def _per_shard(self, vectors, run, trained, fixed, state, batch, taught, step, key, index):
+    """Each data shard runs the member of its own vector; no collective stands inside a branch."""
+    size = len(jax.tree.leaves(batch)[0])
+    laid = lambda tree: jax.tree.map(lambda x: P("data") if x.ndim and len(x) == size else P(), tree)
+
+    def local(vectors, shard, key, trained, fixed, state, batch, taught, step, index):
+      key = jax.random.fold_in(key, shard[0])
+      means, given = self.one.switch(run, vectors[0], trained, fixed, state, batch, taught, step, key, index)
+      return jax.lax.pmean(means, "data"), given
+
+    shards = jnp.arange(len(vectors))
+    return jax.shard_map(
+      local, mesh=self.mesh, axis_names={"data"}, check_vma=False,
+      in_specs=(P("data"), P("data"), P(), P(), P(), P(), laid(batch), laid(taught), P(), P()),
+      out_specs=(P(), P("data")),
+    )(vectors, shards, key, trained, fixed, state, batch, taught, step, index)
+
+  def _term(self, runnable, regularised, trained, fixed, state, batch, taught, step, key, index):
+    rng = jax.random.fold_in(jax.random.fold_in(key, 1 + step), index)
+    return execution.term_loss(
+      self.supernet, self.objective, self.axes["objective"], runnable, regularised, trained, fixed, state,
+      Targets(batch, taught), step, rng)
+
+  def _given(self, runnable: Runnable, outputs, trained, fixed, state, batch, taught, step, *rest):
+    """What is kept of a sub-network's outputs; all members' in the shapes of the largest's."""
+    def teach(outputs):
+      return self.objective.teach(trained["objective"], state, jax.lax.stop_gradient(outputs), batch, step)
+
+    given = teach(outputs)
+    if runnable.choice is None:
+      return given
+    largest = self.supernet.runnable(self.supernet.space.largest)
+    full = jax.eval_shape(lambda *a: teach(self._term(largest, False, *a)[1][0]), trained, fixed, state,
+                          batch, taught, step, *rest)
+    return jax.tree.map(lambda x, like: jnp.pad(
+      x, [(0, n - m) for m, n in zip(x.shape, like.shape)]), given, full)
+
+
+def as_data(execution: str, supernet: Supernet, sampler: Sampler) -> bool:
+  """Whether one program serves all members of a supernet.
+
+  Args:
+    execution: `"slice"`, `"one_program"`, or `"auto"`: slices where a recipe trains a fixed list, or
+      the members are few.
+    supernet: The family.
+    sampler: Which of them train.
+
+  Raises:
+    ValueError: An unknown `execution`.
+  """
+  if execution not in EXECUTIONS:
+    raise one_of("train.execution", execution, EXECUTIONS)
+  if execution != "auto":
+    return execution == "one_program"
+  space = supernet.space
+  few = sampler.fixed or space.pool or space.size <= FIXED_LIMIT
+  return not few and bool(stacks(supernet.axes["params"]))
