@@ -118,8 +118,6 @@ class Switched(nn.Module):
     for collections in (part.under(u) for part, u in zip(self.parts, updates)):
       for collection, tree in collections.items():
         for key, value in tree.items():
-          if self.has_variable(collection, key) and isinstance(value, Mapping):
-            value = {**self.get_variable(collection, key), **value}
           self.put_variable(collection, key, value)
     return x, outputs
 
