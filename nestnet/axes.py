@@ -7,7 +7,7 @@ say what a sub-network keeps (`nestnet.slicing.take`) and how an array is sharde
 A name has a role. Written as an arrow, contracted (in) axes stand on one side and produced (out)
 axes on the other:
 
-    embed -> 3 heads head_dim      a kernel that reads `embed`; a numeral is a fixed size
+    embed -> heads 3 head_dim      a kernel that reads `embed`; a numeral is a fixed size
     -> mlp                         a bias
     layers: embed -> mlp           the same kernel, stacked over the layers
     mlp <- embed                   a kernel stored with its outputs first
@@ -50,8 +50,8 @@ class Axes:
       tree becomes `layers_0`, `layers_1`, ... when nothing beside the stack is in the tree.
 
   Example:
-    >>> Axes.parse("layers: embed -> 3 heads head_dim").names
-    ('layers', 'embed', '3', 'heads', 'head_dim')
+    >>> Axes.parse("layers: embed -> heads 3 head_dim").names
+    ('layers', 'embed', 'heads', '3', 'head_dim')
     >>> Axes.parse("layers: embed -> mlp").role("embed")
     'in'
   """
@@ -192,8 +192,8 @@ def axis_names(model: nn.Module, *inputs: Any) -> Any:
 def variable_axes(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, Any]:
   """`axis_names` for every collection: `{"params": ..., "constants": ..., ...}`.
 
-  `options` are keyword arguments of the model, as they are. Statistics that carry no names of their own (BatchNorm's `mean` and `var`) take those of the
-  `scale` beside them.
+  `options` are keyword arguments of the model, as they are. Statistics that carry no names of their
+  own (BatchNorm's `mean` and `var`) take those of the `scale` beside them.
   """
   boxed = abstract_variables(model, *inputs, **options)
   scales = {path[1:-1]: _leaf_axes(leaf) for path, leaf in _walk(boxed)

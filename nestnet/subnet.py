@@ -20,7 +20,6 @@ class OneOf:
   sizes: tuple[int, ...]
 
 
-
 _AXIS = re.compile(r"[A-Za-z_]\w*")
 _DEPTH = re.compile(r"layers(_\d+)?")
 _VALUE = re.compile(r"\d+|\+\d+|\d+(\+\d+)+|\d+:|\d+(:\d+)+")

@@ -86,8 +86,8 @@ def test_extracted_equals_in_place_in_a_fresh_process(tmp_path):
 
 def test_groups_choose_other_units_than_prefixes():
   grouped = nestnet.extract(MODEL, variables(), Subnet(mlp=8), *INPUT, groups={"mlp": 2})[1]
-  kernel = variables()["params"]["blocks"]["up"]["kernel"]
-  np.testing.assert_array_equal(grouped["params"]["blocks"]["up"]["kernel"],
+  kernel = variables()["params"]["blocks"]["mlp"]["up"]["kernel"]
+  np.testing.assert_array_equal(grouped["params"]["blocks"]["mlp"]["up"]["kernel"],
                                 kernel[..., [0, 1, 2, 3, 8, 9, 10, 11]])
 
 

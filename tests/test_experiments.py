@@ -99,8 +99,8 @@ def test_extract_by_a_partial_spec_with_layer_ids(finished, tmp_path):
   module, variables = folder.load(tmp_path / "out")
   assert (module.layers, module.embed, module.heads, module.mlp) == (1, 8, 4, 16)
   run, _, state = runs.opened(finished)
-  np.testing.assert_array_equal(variables["params"]["blocks"]["up"]["kernel"],
-                                state.trained["model"]["blocks"]["up"]["kernel"][1:, :8])
+  np.testing.assert_array_equal(variables["params"]["blocks"]["mlp"]["up"]["kernel"],
+                                state.trained["model"]["blocks"]["mlp"]["up"]["kernel"][1:, :8])
   data = arrays(load("digits"), "test")
   accuracy = np.mean(module.apply(variables, data["image"])["logits"].argmax(-1) == data["label"])
   assert abs(accuracy - row["accuracy"]) < 1e-6

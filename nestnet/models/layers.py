@@ -15,7 +15,7 @@ class Linear(nn.Module):
   """A projection written as one 2-D matmul, whatever axes it reads and produces.
 
   Attributes:
-    names: The kernel's axes, such as `"embed -> 3 heads head_dim"`; as many trailing dimensions of
+    names: The kernel's axes, such as `"embed -> heads 3 head_dim"`; as many trailing dimensions of
       the input are contracted as stand before the arrow.
     outputs: Sizes of the produced axes.
     dtype: Of the computation.

@@ -149,9 +149,10 @@ class Attention(nn.Module):
   def __call__(self, x, constants, *, train):
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     y = layer_norm("norm", **dtypes)(x)
+    # Heads lead, so that a mesh which shards them shards the projection's columns.
     qkv = Linear(
-      "embed -> 3 heads head_dim", (3, self.heads, self.head_dim), name="qkv", **dtypes)(y)
-    y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+      "embed -> heads 3 head_dim", (self.heads, 3, self.head_dim), name="qkv", **dtypes)(y)
+    y = jax.nn.dot_product_attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
     y = Linear("heads head_dim -> embed", x.shape[-1:], name="out", **dtypes)(y)
     return x + residual(self, y, constants, self.dropout, train)
 

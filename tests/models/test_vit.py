@@ -76,9 +76,9 @@ def test_members_with_features_a_class_token_and_drop_path():
 def test_axes_and_roles():
   names = jax.tree.map(str, variable_axes(TOKEN, INPUT), is_leaf=is_axes)
   blocks = names["params"]["blocks"]
-  assert blocks["qkv"]["kernel"] == "layers: embed -> 3 heads head_dim"
-  assert blocks["out"]["kernel"] == "layers: heads head_dim -> embed"
-  assert blocks["down"] == {"kernel": "layers: mlp -> embed", "bias": "layers: -> embed"}
+  assert blocks["attention"]["qkv"]["kernel"] == "layers: embed -> heads 3 head_dim"
+  assert blocks["attention"]["out"]["kernel"] == "layers: heads head_dim -> embed"
+  assert blocks["mlp"]["down"] == {"kernel": "layers: mlp -> embed", "bias": "layers: -> embed"}
   assert names["params"]["head"]["kernel"] == "features -> classes"
   assert names["constants"]["blocks"]["drop_path"] == "layers: ->"
 
@@ -216,7 +216,7 @@ def test_head_dim_is_kept_by_clone():
   assert model.head_dim == 4
   small = model.clone(embed=8, heads=1)
   assert small.head_dim == 4
-  assert shapes(small)["params"]["blocks"]["qkv"]["kernel"].shape == (1, 8, 3, 1, 4)
+  assert shapes(small)["params"]["blocks"]["attention"]["qkv"]["kernel"].shape == (1, 8, 1, 3, 4)
 
 
 @pytest.mark.parametrize("dtype, param_dtype", [
