@@ -21,7 +21,7 @@ from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
 from nestnet.sampling import Sampler, on_shards, sampler
-from nestnet.sharding import make_mesh
+from nestnet.sharding import MESH_AXES, batch_shards, make_mesh
 from nestnet.space import Space
 from nestnet.steps import Recipe, Step
 
@@ -34,11 +34,11 @@ GROUPS = {
             "b1", "b2"),
   "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
             "execution", "per_shard_subnets"),
-  "mesh": ("data",),
+  "mesh": MESH_AXES,
 }
 REQUIRED = {
   "model": ("name",), "recipe": ("sampler", "objective"), "data": ("name",),
-  "optim": ("name", "learning_rate"), "mesh": ("data",),
+  "optim": ("name", "learning_rate"),
 }
 
 
@@ -87,9 +87,9 @@ def build(config: Mapping[str, Any]) -> Run:
   _check(config)
   dataset = load(config["data"]["name"], config["data"].get("data_dir") or None)
   mesh = make_mesh(config["mesh"])
-  if config["train"]["batch_size"] % mesh.shape["data"]:
+  if config["train"]["batch_size"] % batch_shards(mesh):
     raise UserError(f"config.train.batch_size: got {config['train']['batch_size']}, allowed is a "
-                    f"multiple of the {mesh.shape['data']} devices of mesh.data")
+                    f"multiple of the {batch_shards(mesh)} devices of mesh.data and mesh.fsdp")
   overrides, phases = config.get("phases") or [{"steps": config["train"]["steps"]}], []
   for override, (steps, stretch, fresh) in zip(overrides, _stretches(overrides)):
     merged = _merge(config, {k: v for k, v in override.items() if k not in ("steps", "enter")})

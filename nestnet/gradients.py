@@ -17,11 +17,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from nestnet import execution
+from nestnet.axes import is_axes
 from nestnet.errors import UserError, one_of
 from nestnet.execution import Runnable, Supernet
 from nestnet.objectives.base import Objective, Targets
 from nestnet.one_program import OneProgram, stacks
 from nestnet.sampling import FIXED_LIMIT, Member, Sampler
+from nestnet.sharding import gatherer
 from nestnet.slicing import mask, scatter, take
 from nestnet.subnet import Subnet
 
@@ -37,17 +39,30 @@ class Gradients:
     axes: Axis names of `{"model": ..., "objective": ...}`.
     mesh: The device mesh.
     as_data: Whether one program serves all members, instead of one for each.
+    sums: Where the sums lie, a tree of shardings.
   """
 
   def __init__(self, supernet: Supernet, objective: Objective, axes: Any, mesh: jax.sharding.Mesh,
-               as_data: bool):
+               as_data: bool, sums: Any):
     self.supernet, self.objective, self.axes, self.mesh = supernet, objective, axes, mesh
-    self.one = OneProgram(supernet) if as_data else None
+    self._layered = OneProgram(supernet, mesh)
+    self.one = self._layered if as_data else None
     self._loss = functools.lru_cache(maxsize=None)(
       lambda regularised, *subnet: jax.jit(functools.partial(self._losses, regularised, *subnet)))
     self._add = functools.lru_cache(maxsize=None)(
       lambda regularised, gives, *subnet: jax.jit(
-        functools.partial(self.add, regularised, gives, *subnet), donate_argnames="sums"))
+        functools.partial(self.add, regularised, gives, *subnet), donate_argnames="sums",
+        out_shardings=(sums, None, None)))
+
+  @functools.cached_property
+  def teach(self) -> Callable[..., Any]:
+    """`f(trained, fixed, state, batch, step) -> targets`, compiled: what students see of the largest."""
+    def teach(trained, fixed, state, batch, step):
+      whole, largest = self._whole(trained), self._runnable(self.supernet.space.largest)
+      variables = largest.cut({"params": whole["model"], **fixed})
+      outputs = execution.forward(self.objective, largest, variables, batch)
+      return self.objective.teach(whole["objective"], state, outputs, batch, step)
+    return jax.jit(teach)
 
   def loss(self, member: Member, regularised: bool) -> Callable[..., jax.Array]:
     """`f(trained, fixed, state, batch, taught, step, key, index) -> loss`, compiled."""
@@ -101,7 +116,8 @@ class Gradients:
     def gradient(runnable, trained, *rest):
       loss = lambda trained: self._term(runnable, regularised, trained, *rest)
       (value, (outputs, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-      return (value, metrics, grads), self._given(runnable, outputs, trained, *rest) if gives else None
+      given = self._given(who, outputs, trained, *rest) if gives else None
+      return (value, metrics, grads), given
 
     (loss, metrics, grads), given = self._over(who, gradient, *operands)
     total = {"loss": sums["loss"] + weight * loss, "grads": jax.tree.map(
@@ -128,7 +144,7 @@ class Gradients:
   def _over(self, who, run, *operands):
     """`run(runnable, *operands) -> (means over the batch, arrays [batch, ...])` for whom it is asked."""
     if isinstance(who, Subnet):
-      return run(self.supernet.runnable(who), *operands)
+      return run(self._runnable(who), *operands)
     if who.ndim == 1:
       return self.one.switch(run, who, *operands)
     return self._per_shard(who, run, *operands)
@@ -153,18 +169,36 @@ class Gradients:
   def _term(self, runnable, regularised, trained, fixed, state, batch, taught, step, key, index):
     rng = jax.random.fold_in(jax.random.fold_in(key, 1 + step), index)
     return execution.term_loss(
-      self.supernet, self.objective, self.axes["objective"], runnable, regularised, trained, fixed, state,
-      Targets(batch, taught), step, rng)
+      self.supernet, self.objective, self.axes["objective"], runnable, regularised, self._whole(trained),
+      fixed, state, Targets(batch, taught), step, rng)
 
-  def _given(self, runnable: Runnable, outputs, trained, fixed, state, batch, taught, step, *rest):
-    """What is kept of a sub-network's outputs; all members' in the shapes of the largest's."""
+  def _runnable(self, subnet: Subnet) -> Runnable:
+    # Of weights that lie in shares, a layer's are gathered whole, then cut.
+    return self.supernet.runnable(subnet) if self.mesh.shape["fsdp"] == 1 else self._layered.only(subnet)
+
+  def _whole(self, trained):
+    """What lies in shares, made whole; stacked layers are when their turn comes."""
+    if self.mesh.shape["fsdp"] == 1:
+      return trained
+    leaves, structure = jax.tree.flatten(trained)
+    names = jax.tree.leaves(self.axes, is_leaf=is_axes)
+    alone = [i for i, a in enumerate(names) if not a.stack]
+    gather = gatherer([names[i] for i in alone], [leaves[i] for i in alone], self.mesh)
+    for i, leaf in zip(alone, gather([leaves[i] for i in alone])):
+      leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+  def _given(self, who, outputs, trained, fixed, state, batch, taught, step, *rest):
+    """What is kept of a sub-network's outputs; in the shapes of the largest's where it is data."""
+    own = self._whole(trained)["objective"]
+
     def teach(outputs):
-      return self.objective.teach(trained["objective"], state, jax.lax.stop_gradient(outputs), batch, step)
+      return self.objective.teach(own, state, jax.lax.stop_gradient(outputs), batch, step)
 
     given = teach(outputs)
-    if runnable.choice is None:
+    if isinstance(who, Subnet):
       return given
-    largest = self.supernet.runnable(self.supernet.space.largest)
+    largest = self._runnable(self.supernet.space.largest)
     full = jax.eval_shape(lambda *a: teach(self._term(largest, False, *a)[1][0]), trained, fixed, state,
                           batch, taught, step, *rest)
     return jax.tree.map(lambda x, like: jnp.pad(
@@ -185,8 +219,11 @@ def as_data(execution: str, supernet: Supernet, sampler: Sampler) -> bool:
   """
   if execution not in EXECUTIONS:
     raise one_of("train.execution", execution, EXECUTIONS)
+  space, stacked = supernet.space, bool(stacks(supernet.axes["params"]))
+  if execution == "one_program" and not stacked:
+    raise UserError(f"{type(supernet.model).__name__} has no stack of layers, so its sub-networks cannot "
+                    "be data; allowed: train.execution=slice")
   if execution != "auto":
     return execution == "one_program"
-  space = supernet.space
   few = sampler.fixed or space.pool or space.size <= FIXED_LIMIT
-  return not few and bool(stacks(supernet.axes["params"]))
+  return not few and stacked

@@ -1,4 +1,4 @@
-"""Any member of a space as data: one compiled program serves them all, each at its own cost.
+"""Members that are cut layer by layer: any of them as data to one program, each at its own cost.
 
 Axes that only occur inside stacks of layers (heads, the MLP's width), and depth itself, are chosen
 layer by layer (`nestnet.models.switch`). All other axes (the residual width) are static in the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestnet.axes import Axes, flat, is_axes
-from nestnet.errors import UserError
 from nestnet.execution import Runnable, Supernet
 from nestnet.models.switch import Layers
+from nestnet.sharding import gatherer
 from nestnet.slicing import take
 from nestnet.subnet import OneOf, Subnet, depth_of, is_depth, kept_count, kept_ids
 
@@ -29,19 +29,15 @@ class OneProgram:
 
   Args:
     supernet: The family.
-
-  Raises:
-    ValueError: The model stacks no layers, or an axis cannot be told apart by data.
+    mesh: Where its parameters lie; None where each device has them whole.
   """
 
-  def __init__(self, supernet: Supernet):
-    self.supernet = supernet
+  def __init__(self, supernet: Supernet, mesh: jax.sharding.Mesh | None = None):
+    self.supernet, self.mesh = supernet, mesh
+    self._whole = mesh is None or mesh.shape["fsdp"] == 1
     space = supernet.space
     # Where each stack is in the tree, and the axis over its layers.
     self.stacks = stacks(supernet.axes["params"])
-    if not self.stacks:
-      raise UserError(f"{type(supernet.model).__name__} has no stack of layers, so its sub-networks "
-                      "cannot be data; allowed: train.execution=slice")
     depths = set(self.stacks.values())
     outside = _outside(supernet.axes["params"])
     self.inner = tuple(a for a in space.axes if not is_depth(a) and a not in outside
@@ -79,10 +75,12 @@ class OneProgram:
 
     What runs cuts only the outer sizes from the supernet. All branches must return the same shapes.
     """
-    choice = self._collection(vector[1:])
+    choice = _nested(self._entries(vector[1:]))
 
     def branch(width):
-      subnet, module = Subnet(**width), self._module(width)
+      subnet = Subnet(**width)
+      inner = {axis: OneOf(axis, self.choices(axis, width)) for axis in self.inner}
+      module = self._module(width, inner, {d: self.lengths[path] for path, d in self.stacks.items()})
       cut = functools.partial(self._cut, subnet=subnet)
       return lambda choice, *operands: run(Runnable(subnet, cut, module, choice), *operands)
 
@@ -90,6 +88,27 @@ class OneProgram:
     if len(branches) == 1:
       return branches[0](choice, *operands)
     return jax.lax.switch(vector[0], branches, choice, *operands)
+
+  def only(self, subnet: Subnet) -> Runnable:
+    """One member as a program of its own, its layers cut one by one."""
+    subnet = self.supernet.space.subnet(subnet)
+    width = {axis: subnet.chosen[axis] for axis in self.outer}
+    depths = {depth: subnet.chosen[depth] for depth in self.stacks.values() if depth in subnet}
+    inner, numbers = {}, []
+    for path, depth in self.stacks.items():
+      count, positions = self.kept(subnet, depth), {}
+      for axis in self.listed(depth):
+        sizes = subnet.chosen[axis]
+        if isinstance(sizes, tuple):
+          inner[axis] = OneOf(axis, tuple(sorted(set(sizes))))
+          positions[axis] = jnp.asarray([inner[axis].sizes.index(size) for size in sizes])
+        else:
+          inner[axis] = OneOf(axis, (sizes,))
+          positions[axis] = jnp.zeros(count, jnp.int32)
+      numbers.append((path, positions))
+    cut = functools.partial(self._cut, subnet=Subnet(**width, **depths))
+    module = self._module(width, inner, {depth: self.kept(subnet, depth) for depth in self.stacks.values()})
+    return Runnable(subnet, cut, module, _nested(numbers))
 
   def sizes(self, vector: jax.Array) -> dict[str, Any]:
     """What `vector` keeps: a size of each axis, `[layers]` sizes of an inner one, and for a depth
@@ -109,9 +128,15 @@ class OneProgram:
     return entries
 
   def _cut(self, variables, subnet):
-    # A rule of a stacked leaf runs once, inside its layer, where all of its sizes are known.
-    axes = jax.tree.map(lambda a: dataclasses.replace(a, rule=None) if a.stack else a,
-                        self.supernet.axes, is_leaf=is_axes)
+    def outside(names):
+      if not names.stack:
+        return names
+      # Its layers cut themselves. What they cut alike costs less here, but where a leaf lies in shares.
+      inside = names.names if self._whole else (names.names[0], *("1" for _ in names.names[1:]))
+      # A rule runs once, inside the layer, where all sizes are known.
+      return dataclasses.replace(names, names=inside, rule=None)
+
+    axes = jax.tree.map(outside, self.supernet.axes, is_leaf=is_axes)
     return {name: take(tree, axes[name], subnet, self.supernet.space.groups, strict=False)
             for name, tree in variables.items()}
 
@@ -121,14 +146,23 @@ class OneProgram:
 
   def choices(self, axis: str, width: Mapping[str, int]) -> tuple[int, ...]:
     """The sizes that an inner axis may have beside outer ones, in rising order."""
-    return _choices(self.supernet.space, axis, tuple(width.items()))
+    return _sizes(self.supernet.space, axis, tuple(width.items()))
 
-  def _module(self, width):
-    space, model = self.supernet.space, self.supernet.model
-    inner: dict[str, Any] = {axis: OneOf(axis, self.choices(axis, width)) for axis in self.inner}
-    depths = {depth: Layers(self.lengths[path], Subnet(**width), space.groups)
+  def _module(self, width, inner, counts):
+    layers = {depth: Layers(counts[depth], Subnet(**width), self.supernet.space.groups, self._gather(path))
               for path, depth in self.stacks.items()}
-    return model.clone(**width, **inner, **depths)
+    return self.supernet.model.clone(**width, **inner, **layers)
+
+  def _gather(self, path):
+    """Makes the parameters of a layer whole."""
+    if self._whole:
+      return lambda params: params
+    axes, shapes = self.supernet.axes["params"], self.supernet.shapes["params"]
+    for key in path:
+      axes, shapes = axes[key], shapes[key]
+    axes = jax.tree.map(lambda a: a.without(self.stacks[path]), axes, is_leaf=is_axes)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    return gatherer({"params": axes}, {"params": shapes}, self.mesh)
 
   def _entries(self, numbers):
     start = 0
@@ -139,21 +173,21 @@ class OneProgram:
         start += self.lengths[path]
       yield path, tree
 
-  def _collection(self, numbers) -> dict[str, Any]:
-    collection: dict[str, Any] = {}
-    for path, tree in self._entries(numbers):
-      node = collection
-      for key in path:
-        node = node.setdefault(key, {})
-      node.update(tree)
-    return collection
-
 
 @functools.lru_cache(maxsize=None)
-def _choices(space, axis, width):
-  sizes = {s for size in space.choices(axis, dict(width))
-           for s in (size if isinstance(size, tuple) else (size,))}
-  return tuple(sorted(sizes))
+def _sizes(space, axis, width):
+  return space.sizes(axis, dict(width))
+
+
+def _nested(entries: Iterable[tuple[tuple[str, ...], dict[str, Any]]]) -> dict[str, Any]:
+  """Trees at their paths, as one tree."""
+  collection: dict[str, Any] = {}
+  for path, tree in entries:
+    node = collection
+    for key in path:
+      node = node.setdefault(key, {})
+    node.update(tree)
+  return collection
 
 
 def stacks(axes: Any) -> dict[tuple[str, ...], str]:

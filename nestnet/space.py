@@ -90,6 +90,11 @@ class Space:
         return tuple(dict.fromkeys(row[names.index(axis)] for row in fitting))
     raise one_of("axis", axis, self.axes)
 
+  def sizes(self, axis: str, given: Mapping[str, Size] | None = None) -> tuple[int, ...]:
+    """The sizes that `axis` may have in a layer, in rising order; of a depth axis not asked for."""
+    every = self.choices(axis, given)
+    return tuple(sorted({s for size in every for s in (size if isinstance(size, tuple) else (size,))}))
+
   def combinations(self, axes: Sequence[str]) -> list[dict[str, Size]]:
     """The joint choices of some axes, whatever the others are.
 

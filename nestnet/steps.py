@@ -25,7 +25,7 @@ from nestnet.gradients import Gradients, as_data
 from nestnet.objectives.base import Objective
 from nestnet.one_program import OneProgram
 from nestnet.sampling import FIXED_LIMIT, Member, Sampler, Term
-from nestnet.sharding import replicated
+from nestnet.sharding import check_mesh, place, replicated
 from nestnet.subnet import Subnet
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
@@ -92,7 +92,7 @@ class Step:
     supernet: The family.
     recipe: What trains.
     optimizer: Makes the optax transformation from a mask of the weights that decay.
-    mesh: The device mesh; batches are laid over its `data` axis.
+    mesh: The device mesh.
     seed: Of initial values and of dropout.
     execution: How sub-networks run: `"slice"`: a program for each; `"one_program"`: one for all;
       `"auto"`: slices where the recipe trains a fixed list or the members are few.
@@ -117,23 +117,42 @@ class Step:
       raise UserError("the objective's axes must name every leaf of its parameters: got "
                       f"{self.axes['objective']} for {shapes}")
     self.tx = optimizer(jax.tree.map(lambda a: bool(a.contracted), self.axes, is_leaf=is_axes))
+    self._shapes = jax.eval_shape(self._fresh, self._key)
+    check_mesh(mesh, self.axes, self._shapes.trained, supernet.space)
+    # Said of every result: a program that found its arguments laid out anew would compile twice.
+    self._places = self._placed(self._shapes)
+    sums = self._sums_of(replicated(mesh), self._places.trained)
     self._gradients = Gradients(supernet, recipe.objective, self.axes, mesh,
-                                as_data(execution, supernet, recipe.sampler))
-    self._update = jax.jit(self._updated, donate_argnums=(0, 1))
-    self._whole = jax.jit(self._fixed_step, donate_argnums=0)
-    # Laid out as the update returns them, lest every program compile twice.
-    self._start = jax.jit(self._zeros, out_shardings=replicated(mesh))
+                                as_data(execution, supernet, recipe.sampler), sums)
+    self._update = jax.jit(self._updated, donate_argnums=(0, 1), out_shardings=(self._places, sums, None))
+    self._whole = jax.jit(self._fixed_step, donate_argnums=0, out_shardings=(self._places, None))
+    self._start = jax.jit(self._zeros, out_shardings=sums)
     self._sums = None
 
   def init(self) -> TrainState:
-    """A fresh state, replicated over the mesh."""
-    return jax.jit(self._fresh, out_shardings=replicated(self.mesh))(self._key)
+    """A fresh state, laid over the mesh."""
+    return jax.jit(self._fresh, out_shardings=self._places)(self._key)
 
   def abstract(self) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    sharding = replicated(self.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        jax.eval_shape(self._fresh, self._key))
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                        self._shapes, self._places)
+
+  def _placed(self, shapes: TrainState) -> TrainState:
+    """Where a state lies: optimizer state and averages with their weights, all else everywhere."""
+    everywhere = replicated(self.mesh)
+    trained = place(self.axes, shapes.trained, self.mesh)
+    opt_state = optax.tree_map_params(
+      self.tx, lambda x, weight, sharding: sharding if x.shape == weight.shape else everywhere,
+      shapes.opt_state, shapes.trained, trained, transform_non_params=lambda _: everywhere)
+    whole = lambda tree: jax.tree.map(lambda _: everywhere, tree)
+    return TrainState(step=everywhere, trained=trained, fixed=whole(shapes.fixed), opt_state=opt_state,
+                      teacher=None if shapes.teacher is None else trained, objective=whole(shapes.objective))
+
+  def _sums_of(self, loss: Any, trained: Any) -> dict[str, Any]:
+    """What a step adds up: a loss, and trees like `trained`."""
+    touched = {} if self.recipe.untouched == "update" else {"touched": trained}
+    return {"loss": loss, "grads": trained} | touched
 
   def _fresh(self, key) -> TrainState:
     model_key, objective_key = jax.random.split(jax.random.fold_in(key, 0))
@@ -211,7 +230,7 @@ class Step:
     if not self.runs_teacher(terms):
       return None
     trained = state.trained if state.teacher is None else state.teacher
-    return self._teach(trained, state.fixed, state.objective, batch, state.step)
+    return self._gradients.teach(trained, state.fixed, state.objective, batch, state.step)
 
   def _gives(self, terms: tuple[Term, ...]) -> bool:
     """Whether the first term's outputs are needed after it."""
@@ -220,15 +239,6 @@ class Step:
                 and first.candidates == (self.supernet.space.largest,)
                 and any(t.taught for t in terms))
     return in_place or (self.recipe.objective.update is not None and not any(t.taught for t in terms))
-
-  @functools.cached_property
-  def _teach(self):
-    def teach(trained, fixed, state, batch, step):
-      largest, objective = self.supernet.space.largest, self.recipe.objective
-      variables = self.supernet.cut({"params": trained["model"], **fixed}, largest)
-      outputs = execution.forward(objective, self.supernet.runnable(largest), variables, batch)
-      return objective.teach(trained["objective"], state, outputs, batch, step)
-    return jax.jit(teach)
 
   def _selected(self, term, state, batch, taught, index) -> Member:
     """The sub-network that a term trains; with several on the data shards, one for each."""
@@ -241,8 +251,8 @@ class Step:
     return term.candidates[order[0 if self.recipe.select == "lowest" else -1]]
 
   def _zeros(self, trained):
-    sums = {"loss": jnp.zeros(()), "grads": jax.tree.map(jnp.zeros_like, trained)}
-    if self.recipe.untouched != "update":
+    sums = self._sums_of(jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+    if "touched" in sums:
       sums["touched"] = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), trained)
     return sums
 

@@ -28,8 +28,9 @@ def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Map
           taps: bool = False, unroll: int = 1, **kwargs: Any) -> tuple[Any, Any]:
   """Applies `layers` blocks to `x`; call it in the compact method of an architecture.
 
-  A `layers` of the type `Layers`, with sizes that are `OneOf` several, is the whole family in one
-  program: the `choice` collection says which layers are there and how large each is.
+  A `layers` of the type `Layers` is cut layer by layer, from the parameters of the largest. With sizes
+  that are `OneOf` several it is the whole family in one program: the `choice` collection says which
+  layers are there and how large each is.
 
   Args:
     block: Makes a block: `block(name=..., **sizes)`. The block is called as

@@ -27,16 +27,19 @@ CHOICE = "choice"
 
 
 class Layers(int):
-  """A number of layers each of which may be absent, as data; otherwise an ordinary int.
+  """A number of layers that are cut inside the scan over them; otherwise an ordinary int.
 
   Attributes:
     beside: Sizes that are the same in all layers, such as the residual width.
     groups: As in `Space.groups`.
+    gather: Applied to a layer's parameters before they are cut: makes those whole that lie in shares
+      on a mesh.
   """
 
-  def __new__(cls, count: int, beside: Subnet = Subnet(), groups: Mapping[str, int] | None = None):
+  def __new__(cls, count: int, beside: Subnet = Subnet(), groups: Mapping[str, int] | None = None,
+              gather: Callable[[Any], Any] = lambda params: params):
     self = super().__new__(cls, count)
-    self.beside, self.groups = beside, dict(groups or {})
+    self.beside, self.groups, self.gather = beside, dict(groups or {}), gather
     return self
 
 
@@ -90,8 +93,8 @@ class Switched(nn.Module):
   """A stack of layers that reads from the `choice` collection what each layer is.
 
   The collection holds, under the name of the stack, int32 arrays `[layers]`: under the depth axis 1
-  for a layer that is there and 0 for one that is not, and under each axis with several sizes the
-  position of the layer's size among them.
+  for a layer that is there and 0 for one that is not (without it, all are), and under each axis with
+  several sizes the position of the layer's size among them.
   """
 
   parts: tuple[Part, ...]
@@ -101,9 +104,12 @@ class Switched(nn.Module):
   @nn.compact
   def __call__(self, x, constants, taps, unroll, kwargs):
     variables = dict(self.variables)
-    choice = variables.pop(CHOICE)
+    choice = variables.pop(CHOICE, {})
     params = {"params": variables.pop("params", {})}
-    index = tuple(choice[self.depth] * (1 + part.index(choice)) for part in self.parts)
+    skips = self.depth in choice
+    index = tuple(jnp.broadcast_to(
+      choice[self.depth] * (1 + part.index(choice)) if skips else part.index(choice), (int(self.layers),))
+      for part in self.parts)
     keys = {name: jax.random.split(self.make_rng(name), int(self.layers))
             for name in self.scope.rngs if name != "params"}
     mutable = subtract_filters(self.scope.mutable, ["params", CHOICE])
@@ -111,9 +117,10 @@ class Switched(nn.Module):
 
     def functions(part):
       example = jax.tree.map(lambda leaf: leaf[0], (part.of(params), part.of(variables), constants, keys))
-      return _functions(part, self.layers, x, example, kwargs, join, mutable)
+      absent, *present = _functions(part, self.layers, x, example, kwargs, join, mutable)
+      return [absent, *present] if skips else present
 
-    run = _run([functions(part) for part in self.parts], self.parts, taps, unroll)
+    run = _run([functions(part) for part in self.parts], self.parts, self.layers.gather, taps, unroll)
     x, outputs, updates = run(params, x, shared, ((index, variables, constants, keys), whole))
     for collections in (part.under(u) for part, u in zip(self.parts, updates)):
       for collection, tree in collections.items():
@@ -186,7 +193,11 @@ def _laid(small, old, names, subnet, groups, shapes):
   return jax.tree.map(lambda new, m, kept: jnp.where(m > 0, new, kept), spread, mask, old)
 
 
-def _run(functions, parts, taps, unroll):
+def _switch(index, branches, *operands):
+  return jax.lax.switch(index, branches, *operands) if len(branches) > 1 else branches[0](*operands)
+
+
+def _run(functions, parts, gather, taps, unroll):
   """`run(params, x, shared, (fixed of each layer, whole)) -> (x, taps, updates of each part)`."""
 
   def pullback(function):
@@ -208,11 +219,11 @@ def _run(functions, parts, taps, unroll):
     each, whole = fixed
 
     def layer(x, entry):
-      params, each = entry
+      params, each = gather(entry[0]), entry[1]
       inputs, updates = [], []
       for part, branches, index in zip(parts, functions, each[0]):
         inputs.append(x)
-        x, updated = jax.lax.switch(index, branches, part.of(params), x, shared, of(each, part, whole))
+        x, updated = _switch(index, branches, part.of(params), x, shared, of(each, part, whole))
         updates.append(updated)
       return x, (inputs, updates, x if taps else None)
 
@@ -226,16 +237,17 @@ def _run(functions, parts, taps, unroll):
     def layer(carry, entry):
       of_x, of_shared = carry
       params, each, inputs, of_updates, of_output = entry
+      params, pull = jax.vjp(gather, params)
       if taps:
         of_x = jax.tree.map(jnp.add, of_x, of_output)
       grads = {}
       for i in reversed(range(len(parts))):
-        grad, of_x, more = jax.lax.switch(
+        grad, of_x, more = _switch(
           each[0][i], pullbacks[i], parts[i].of(params), inputs[i], shared, of(each, parts[i], whole),
           (of_x, of_updates[i]))
         of_shared = jax.tree.map(jnp.add, of_shared, more)
         grads |= grad["params"] if parts[i].name is None else {parts[i].name: grad["params"]}
-      return (of_x, of_shared), {"params": grads}
+      return (of_x, of_shared), pull({"params": grads})[0]
 
     start = last, jax.tree.map(jnp.zeros_like, shared)
     (of_x, of_shared), grads = jax.lax.scan(
