@@ -251,18 +251,20 @@ def test_matryoshka_gradient_is_the_formula(tied, weights):
 def cut_vit(p, ids, embed, heads, mlp):
   """The slice of a ViT, leaf by leaf."""
   e, h, m, ids = slice(embed), slice(heads), slice(mlp), np.array(ids)
-  b = p["blocks"]
+  a, b = p["blocks"]["attention"], p["blocks"]["mlp"]
   norm = lambda n, i: {"scale": n["scale"][i][..., e], "bias": n["bias"][i][..., e]}
   return {
     "patch": {"kernel": p["patch"]["kernel"][..., e], "bias": p["patch"]["bias"][e]},
     "positions": p["positions"][:, e],
     "blocks": {
-      "attention_norm": norm(b["attention_norm"], ids), "mlp_norm": norm(b["mlp_norm"], ids),
-      "qkv": {"kernel": b["qkv"]["kernel"][ids][:, e, :, h],
-              "bias": b["qkv"]["bias"][ids][:, :, h]},
-      "out": {"kernel": b["out"]["kernel"][ids][:, h, :, e], "bias": b["out"]["bias"][ids][:, e]},
-      "up": {"kernel": b["up"]["kernel"][ids][:, e, m], "bias": b["up"]["bias"][ids][:, m]},
-      "down": {"kernel": b["down"]["kernel"][ids][:, m, e], "bias": b["down"]["bias"][ids][:, e]}},
+      "attention": {
+        "norm": norm(a["norm"], ids),
+        "qkv": {"kernel": a["qkv"]["kernel"][ids][:, e, h], "bias": a["qkv"]["bias"][ids][:, h]},
+        "out": {"kernel": a["out"]["kernel"][ids][:, h, :, e], "bias": a["out"]["bias"][ids][:, e]}},
+      "mlp": {
+        "norm": norm(b["norm"], ids),
+        "up": {"kernel": b["up"]["kernel"][ids][:, e, m], "bias": b["up"]["bias"][ids][:, m]},
+        "down": {"kernel": b["down"]["kernel"][ids][:, m, e], "bias": b["down"]["bias"][ids][:, e]}}},
     "norm": norm(p["norm"], ...),
     "head": {"kernel": p["head"]["kernel"][e], "bias": p["head"]["bias"]}}
 

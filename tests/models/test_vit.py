@@ -80,7 +80,8 @@ def test_axes_and_roles():
   assert blocks["attention"]["out"]["kernel"] == "layers: heads head_dim -> embed"
   assert blocks["mlp"]["down"] == {"kernel": "layers: mlp -> embed", "bias": "layers: -> embed"}
   assert names["params"]["head"]["kernel"] == "features -> classes"
-  assert names["constants"]["blocks"]["drop_path"] == "layers: ->"
+  assert names["constants"]["blocks"] == {
+    "attention": {"drop_path": "layers: ->"}, "mlp": {"drop_path": "layers: ->"}}
 
 
 @pytest.mark.parametrize("model, text", [
@@ -153,19 +154,21 @@ def test_patches_are_squares_of_the_image(variables):
 def stochastic(rates, layers=3):
   model = MODEL.clone(drop_path=0.5, layers=layers)
   weights = randomised(model)
-  return model, {**weights, "constants": {"blocks": {"drop_path": np.array(rates, np.float32)}}}
+  return model, {**weights, "constants": {"blocks": {
+    part: {"drop_path": np.array(rates, np.float32)} for part in ("attention", "mlp")}}}
 
 
 def test_drop_path_rates_grow_with_depth_and_travel_with_their_layer():
   model = MODEL.clone(drop_path=0.3)
   stored = jax.jit(lambda key: meta.unbox(model.init(key, IMAGES))["constants"])(jax.random.key(0))
-  rates = stored["blocks"]["drop_path"]
+  rates = stored["blocks"]["mlp"]["drop_path"]
+  np.testing.assert_array_equal(stored["blocks"]["attention"]["drop_path"], rates)
   np.testing.assert_allclose(rates, [0.1, 0.2, 0.3], rtol=1e-6)
   names = variable_axes(model, INPUT)["constants"]
-  kept = take(stored, names, Subnet(layers=(0, 2)))["blocks"]["drop_path"]
+  kept = take(stored, names, Subnet(layers=(0, 2)))["blocks"]["mlp"]["drop_path"]
   np.testing.assert_array_equal(kept, rates[np.array([0, 2])])
   listed = take(stored, names, Subnet(layers=(0, 2), mlp=(8, 16)), strict=False)["blocks"]
-  assert [listed[f"layers_{i}"]["drop_path"] for i in (0, 1)] == [rates[0], rates[2]]
+  assert [listed[f"layers_{i}"]["mlp"]["drop_path"] for i in (0, 1)] == [rates[0], rates[2]]
 
 
 def test_a_layer_that_is_always_dropped_is_no_layer():
@@ -182,8 +185,8 @@ def test_drop_path_keeps_the_expectation():
   """An example keeps a branch, divided by its probability, or drops it."""
   model, weights = stochastic((0.4,), layers=1)
   blocks = weights["params"]["blocks"]
-  zero = lambda *keys: {k: jax.tree.map(np.zeros_like, v) if k in keys else v
-                        for k, v in blocks.items()}
+  zero = lambda *keys: {part: {k: jax.tree.map(np.zeros_like, v) if k in keys else v
+                               for k, v in tree.items()} for part, tree in blocks.items()}
   images = jnp.broadcast_to(IMAGES[:1], (400, 8, 8, 1))
 
   @jax.jit
