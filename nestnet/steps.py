@@ -30,6 +30,32 @@ Optimizer = Callable[[Any], optax.GradientTransformation]
 Metrics = dict[str, jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One of the compiled programs that make a step.
+
+  Attributes:
+    kind: `"teacher"`, `"loss"` of a candidate, `"gradient"`, `"update"`, or `"step"` for all in one.
+    subnets: The sub-networks that it runs.
+    call: The jitted function.
+    computes: What it computes for these sub-networks, to be traced where FLOPs are counted.
+    taught: Whether they learn from a teacher's outputs.
+  """
+
+  kind: str
+  subnets: tuple[Subnet, ...]
+  call: Callable[..., Any]
+  computes: Callable[..., Any]
+  taught: bool = False
+
+
+Run = Callable[..., Any]
+
+
+def _run(program: Program, *arguments: Any) -> Any:
+  return program.call(*arguments)
+
+
 @struct.dataclass
 class TrainState:
   """All that a run carries from step to step.
@@ -126,9 +152,11 @@ class Step:
 
   def abstract(self) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
+    return self._abstract(jax.eval_shape(self._fresh, self._key))
+
+  def _abstract(self, shapes: Any) -> Any:
     sharding = replicated(self.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        jax.eval_shape(self._fresh, self._key))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
   def _fresh(self, key) -> TrainState:
     model_key, objective_key = jax.random.split(jax.random.fold_in(key, 0))
@@ -160,45 +188,89 @@ class Step:
       `grad_norm`, and the objective's metrics of the first sub-network.
     """
     terms = self.recipe.sampler.terms(step)
-    single = all(len(t.candidates) == 1 for t in terms)
-    if self.recipe.sampler.fixed and single and len(terms) <= FIXED_LIMIT:
+    if self.is_whole:
       return self._whole(state, batch)
     sums, self._sums = self._sums or self._start(state.trained), None
-    state, self._sums, metrics = self._make(terms, state, batch, sums, self._program, self._update)
+    state, self._sums, metrics = self._make(terms, state, batch, sums, _run)
     return state, metrics
+
+  @functools.cached_property
+  def is_whole(self) -> bool:
+    """Whether the whole step is one program, for a short list of terms that never changes."""
+    terms = self.recipe.sampler.terms(0) if self.recipe.sampler.fixed else ()
+    return 0 < len(terms) <= FIXED_LIMIT and all(len(t.candidates) == 1 for t in terms)
 
   def _fixed_step(self, state, batch):
-    """The whole step in one program, for a list of terms that never changes."""
-    state, _, metrics = self._make(self.recipe.sampler.terms(0), state, batch,
-                                   self._zeros(state.trained), self._add_gradient, self._updated)
+    """The whole step in one program."""
+    state, _, metrics = self._make(
+      self.recipe.sampler.terms(0), state, batch, self._zeros(state.trained),
+      lambda program, *arguments: program.computes(*arguments))
     return state, metrics
 
-  def _make(self, terms, state, batch, sums, gradient, update):
-    """Adds up the terms' gradients, then updates; `gradient` and `update` are compiled or not."""
-    taught, metrics = self._teacher_outputs(terms, state, batch), {}
+  def programs(self, terms: tuple[Term, ...], batch: Mapping[str, jax.ShapeDtypeStruct], run: Run
+               ) -> Any:
+    """Goes through the programs of a step on abstract values, without running any.
+
+    Args:
+      terms: What the step trains; where the whole step is one program, that of its own terms.
+      batch: Shapes, dtypes and shardings of a batch.
+      run: `run(program, *arguments)`, called as the step would call the program, returns its outputs
+        as `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      What stays on the devices during the step: trees of the very objects that are arguments.
+    """
+    state = self.abstract()
+    if self.is_whole:
+      subnets = tuple(term.candidates[0] for term in self.recipe.sampler.terms(0))
+      run(Program("step", subnets, self._whole, self._fixed_step), state, batch)
+      return state, batch
+    sums = self._abstract(jax.eval_shape(self._zeros, state.trained))
+
+    def follow(program, *arguments):
+      arguments = [self._abstract(a) if isinstance(a, jax.Array) else a for a in arguments]
+      outputs = run(program, *arguments)
+      if program.kind == "loss":
+        # Which candidate trains is decided by values: the first stands for it.
+        return 0.0
+      # Donated: the very buffers come back.
+      return (sums, *outputs[1:]) if program.kind == "gradient" else outputs
+
+    self._make(terms, state, batch, sums, follow)
+    return state, batch, sums
+
+  def _make(self, terms, state, batch, sums, run: Run):
+    """Adds up the terms' gradients, then updates."""
+    taught, metrics = self._teacher_outputs(terms, state, batch, run), {}
     for index, term in enumerate(terms):
       seen = taught if term.taught else None
-      subnet = self._selected(term, state, batch, seen, index)
+      subnet = self._selected(term, state, batch, seen, index, run)
       give = index == 0 and self._gives(terms)
-      sums, outputs, own = gradient(subnet, term.regularised, give)(
-        state.trained, state.fixed, state.objective, batch, seen, state.step, self._key, index,
-        term.weight, sums)
+      sums, outputs, own = run(
+        self._gradient(subnet, term, give), state.trained, state.fixed, state.objective,
+        batch, seen, state.step, self._key, index, term.weight, sums)
       taught = outputs if give else taught
       metrics = own if index == 0 else metrics
-    state, sums, totals = update(state, sums, taught)
+    update = Program("update", (), self._update, self._updated)
+    state, sums, totals = run(update, state, sums, taught)
     return state, sums, metrics | totals
+
+  def _gradient(self, subnet: Subnet, term: Term, gives: bool) -> Program:
+    return Program("gradient", (subnet,), self._program(subnet, term.regularised, gives),
+                   self._add_gradient(subnet, term.regularised, gives), term.taught)
 
   def runs_teacher(self, terms: tuple[Term, ...]) -> bool:
     """Whether a step needs the teacher's outputs beside those of its own terms."""
     in_place = self.recipe.teacher == "largest" and self._gives(terms)
     return any(t.taught for t in terms) and not in_place
 
-  def _teacher_outputs(self, terms, state, batch):
+  def _teacher_outputs(self, terms, state, batch, run):
     """What students see, where the teacher is not a term of the step itself."""
     if not self.runs_teacher(terms):
       return None
     trained = state.trained if state.teacher is None else state.teacher
-    return self._teach(trained, state.fixed, state.objective, batch, state.step)
+    teacher = Program("teacher", (self.supernet.space.largest,), self._teach, self._teach)
+    return run(teacher, trained, state.fixed, state.objective, batch, state.step)
 
   def _gives(self, terms: tuple[Term, ...]) -> bool:
     """Whether the first term's outputs are needed after it."""
@@ -217,12 +289,14 @@ class Step:
       return objective.teach(trained["objective"], state, outputs, batch, step)
     return jax.jit(teach)
 
-  def _selected(self, term, state, batch, taught, index) -> Subnet:
+  def _selected(self, term, state, batch, taught, index, run) -> Subnet:
     if len(term.candidates) == 1:
       return term.candidates[0]
-    losses = [self._program(c, term.regularised, None)(
-      state.trained, state.fixed, state.objective, batch, taught, state.step, self._key, index)
-      for c in term.candidates]
+    losses = []
+    for candidate in term.candidates:
+      call = self._program(candidate, term.regularised, None)
+      losses.append(run(Program("loss", (candidate,), call, call), state.trained, state.fixed,
+                        state.objective, batch, taught, state.step, self._key, index))
     order = sorted(range(len(losses)), key=lambda i: float(losses[i]))
     return term.candidates[order[0 if self.recipe.select == "lowest" else -1]]
 
