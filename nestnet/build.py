@@ -21,7 +21,7 @@ from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
 from nestnet.sampling import Sampler, on_shards, sampler
-from nestnet.sharding import MESH_AXES, batch_shards, make_mesh
+from nestnet.sharding import MESH_AXES, batch_sharding, batch_shards, make_mesh
 from nestnet.space import Space
 from nestnet.steps import Recipe, Step
 
@@ -29,7 +29,7 @@ GROUPS = {
   "model": None,
   "space": None,
   "recipe": ("name", "sampler", "objective", "teacher", "ema", "select", "untouched", "subnet"),
-  "data": ("name", "data_dir", "augment"),
+  "data": ("name", "data_dir", "augment", "shape", "classes"),
   "optim": ("name", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip_norm", "momentum",
             "b1", "b2"),
   "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
@@ -85,8 +85,41 @@ def build(config: Mapping[str, Any]) -> Run:
   """
   config = plain(config)
   _check(config)
-  dataset = load(config["data"]["name"], config["data"].get("data_dir") or None)
-  mesh = make_mesh(config["mesh"])
+  data = config["data"]
+  dataset = load(data["name"], data.get("data_dir") or None)
+  for key, there in (("shape", list(dataset.shape)), ("classes", dataset.classes)):
+    if data.get(key) not in (None, there):
+      raise UserError(f"config.data.{key}: got {data[key]}, allowed is {there}, as the images of "
+                      f"{data['name']} have it")
+  phases = _phases(config, dataset, make_mesh(config["mesh"]))
+  return Run(config, dataset, _batches(config, dataset), phases)
+
+
+def planned(config: Mapping[str, Any], devices: Sequence[Any]
+            ) -> tuple[tuple[training.Phase, ...], dict[str, jax.ShapeDtypeStruct]]:
+  """What a run would do on devices that need not be here: its phases, and a batch in the abstract.
+
+  Nothing is read of the data set where the config states `data.shape` and `data.classes`.
+
+  Raises:
+    ValueError: As `build`.
+    FileNotFoundError: The data set is not there and the config does not state them.
+  """
+  config = plain(config)
+  _check(config)
+  data, size = config["data"], config["train"]["batch_size"]
+  if data.get("shape") and data.get("classes"):
+    dataset = Dataset(data["name"], data["classes"], tuple(data["shape"]), {})
+  else:
+    dataset = load(data["name"], data.get("data_dir") or None)
+  mesh = make_mesh(config["mesh"], devices)
+  phases = _phases(config, dataset, mesh)
+  laid = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+  return phases, {"image": laid((size, *dataset.shape), jnp.float32), "label": laid((size,), jnp.int32)}
+
+
+def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh
+            ) -> tuple[training.Phase, ...]:
   if config["train"]["batch_size"] % batch_shards(mesh):
     raise UserError(f"config.train.batch_size: got {config['train']['batch_size']}, allowed is a "
                     f"multiple of the {batch_shards(mesh)} devices of mesh.data and mesh.fsdp")
@@ -100,7 +133,7 @@ def build(config: Mapping[str, Any]) -> Run:
       raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
                       "put a phase before it, or name the phase's `enter` that sets a teacher")
     phases.append(training.Phase(steps, step, enter, fresh))
-  return Run(config, dataset, _batches(config, dataset), tuple(phases))
+  return tuple(phases)
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -122,12 +155,23 @@ def _check(config: Mapping[str, Any]) -> None:
     value = config["train"][key] if key in config["train"] else None
     if not isinstance(value, int) or value < least:
       raise UserError(f"config.train.{key}: got {value}, allowed is a whole number of at least {least}")
+  _check_data(config["data"])
   phases, total = config.get("phases") or (), config["train"]["steps"]
   for phase in phases:
     check_fields(phase, dict.fromkeys(("steps", "enter", "model", "space", "recipe", "optim")), "phases")
   if phases and sum(phase.get("steps") or 0 for phase in phases) != total:
     raise UserError(f"the steps of config.phases must add up to train.steps={total}, got "
                     f"{[phase.get('steps') for phase in phases]}")
+
+
+def _check_data(data: Mapping[str, Any]) -> None:
+  """What a config may state of its data set: the shape of an image, the number of classes."""
+  shape, classes = data.get("shape"), data.get("classes")
+  if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(
+      isinstance(n, int) and n > 0 for n in shape)):
+    raise UserError(f"config.data.shape: got {shape}, allowed is (height, width, channels)")
+  if classes is not None and not (isinstance(classes, int) and classes > 1):
+    raise UserError(f"config.data.classes: got {classes}, allowed is a whole number of at least 2")
 
 
 def _stretches(phases: Sequence[Mapping]) -> list[tuple[int, int, bool]]:

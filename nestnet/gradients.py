@@ -7,6 +7,7 @@ program, and one reduction adds up their gradients.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +23,31 @@ from nestnet.errors import UserError, one_of
 from nestnet.execution import Runnable, Supernet
 from nestnet.objectives.base import Objective, Targets
 from nestnet.one_program import OneProgram, stacks
-from nestnet.sampling import FIXED_LIMIT, Member, Sampler
+from nestnet.sampling import FIXED_LIMIT, Member, Sampler, Term
 from nestnet.sharding import gatherer
 from nestnet.slicing import mask, scatter, take
 from nestnet.subnet import Subnet
 
 EXECUTIONS = ("auto", "slice", "one_program")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One of the compiled programs that make a step.
+
+  Attributes:
+    kind: `"teacher"`, `"loss"` of a candidate, `"gradient"`, `"update"`, or `"step"` for all in one.
+    members: The sub-networks that it runs.
+    call: The jitted function.
+    computes: The same, to be traced: what it computes for these sub-networks.
+    taught: Whether they learn from a teacher's outputs.
+  """
+
+  kind: str
+  members: tuple[Subnet, ...]
+  call: Callable[..., Any]
+  computes: Callable[..., Any]
+  taught: bool = False
 
 
 class Gradients:
@@ -49,54 +69,73 @@ class Gradients:
     self.one = self._layered if as_data else None
     self._loss = functools.lru_cache(maxsize=None)(
       lambda regularised, *subnet: jax.jit(functools.partial(self._losses, regularised, *subnet)))
-    self._add = functools.lru_cache(maxsize=None)(
+    self._added = functools.lru_cache(maxsize=None)(
       lambda regularised, gives, *subnet: jax.jit(
-        functools.partial(self.add, regularised, gives, *subnet), donate_argnames="sums",
+        functools.partial(self._add, regularised, gives, *subnet), donate_argnames="sums",
         out_shardings=(sums, None, None)))
 
   @functools.cached_property
-  def teach(self) -> Callable[..., Any]:
-    """`f(trained, fixed, state, batch, step) -> targets`, compiled: what students see of the largest."""
+  def teacher(self) -> Program:
+    """`f(trained, fixed, state, batch, step) -> targets`: what students see of the largest."""
     def teach(trained, fixed, state, batch, step):
       whole, largest = self._whole(trained), self._runnable(self.supernet.space.largest)
       variables = largest.cut({"params": whole["model"], **fixed})
       outputs = execution.forward(self.objective, largest, variables, batch)
       return self.objective.teach(whole["objective"], state, outputs, batch, step)
-    return jax.jit(teach)
+    return Program("teacher", (self.supernet.space.largest,), jax.jit(teach), teach)
 
-  def loss(self, member: Member, regularised: bool) -> Callable[..., jax.Array]:
-    """`f(trained, fixed, state, batch, taught, step, key, index) -> loss`, compiled."""
-    return self._of(self._loss, member, regularised)
+  def loss(self, member: Member, term: Term) -> Program:
+    """`f(trained, fixed, state, batch, taught, step, key, index) -> loss`."""
+    def losses(who, *operands):
+      return self._losses(term.regularised, who, *operands)
 
-  def adding(self, member: Member, regularised: bool, gives: bool) -> Callable[..., Any]:
+    return self._program("loss", member, term.taught, self._loss, losses, term.regularised)
+
+  def gradient(self, member: Member, term: Term, gives: bool) -> Program:
     """`f(trained, fixed, state, batch, taught, step, key, index, weight, sums) -> (sums, given,
-    metrics)`, compiled; `sums` is donated."""
+    metrics)`; `sums` is donated."""
+    def add(who, *operands):
+      return self._add(term.regularised, gives, who, *operands)
+
+    return self._program("gradient", member, term.taught, self._added, add, term.regularised, gives)
+
+  def _program(self, kind, member, taught, compiled, function, *options):
+    members = member if isinstance(member, tuple) else (member,)
     # A teacher is the largest: a program of its own runs it at the cost of the network alone.
-    if gives and member == self.supernet.space.largest:
-      return self._add(regularised, gives, member)
-    return self._of(self._add, member, regularised, gives)
-
-  def _of(self, compiled, member, *options):
-    if isinstance(member, tuple):
-      if self.one is None:
-        raise UserError("sub-networks of their own on the data shards must be data to one program: "
-                        "train.per_shard_subnets needs train.execution=one_program")
-      vectors = np.stack([self.one.vector(m) for m in member])
-      sharding = NamedSharding(self.mesh, P("data"))
-      vector = jax.make_array_from_callback(vectors.shape, sharding, lambda index: vectors[index])
-      return functools.partial(compiled(*options), vector)
+    teaches = options[1:] == (True,) and member == self.supernet.space.largest
+    if teaches or (self.one is None and isinstance(member, Subnet)):
+      return Program(kind, members, compiled(*options, member), functools.partial(function, member), taught)
     if self.one is None:
-      return compiled(*options, member)
-    return functools.partial(compiled(*options), self.one.vector(member))
+      raise UserError("sub-networks of their own on the data shards must be data to one program: "
+                      "train.per_shard_subnets needs train.execution=one_program")
 
-  def add(self, regularised: bool, gives: bool, who: Subnet | jax.Array, trained, fixed, state, batch,
-          taught, step, key, index, weight, sums):
+    def computes(*operands):
+      # Each on its share of the batch, as one program runs it.
+      *before, batch, seen = operands[:5]
+      count = jax.tree.leaves(batch)[0].shape[0] // len(members)
+      share = lambda tree: jax.tree.map(lambda x: x[:count] if x.ndim else x, tree)
+      return [function(self._layered.only(m), *before, share(batch), share(seen), *operands[5:])
+              for m in members]
+
+    return Program(kind, members, functools.partial(compiled(*options), self._vectors(member)), computes,
+                   taught)
+
+  def _vectors(self, member):
+    if isinstance(member, Subnet):
+      return self.one.vector(member)
+    vectors = np.stack([self.one.vector(m) for m in member])
+    sharding = NamedSharding(self.mesh, P("data"))
+    return jax.make_array_from_callback(vectors.shape, sharding, lambda index: vectors[index])
+
+  def _add(self, regularised: bool, gives: bool, who: Subnet | Runnable | jax.Array, trained, fixed, state,
+           batch, taught, step, key, index, weight, sums):
     """Adds one term's weighted gradient and loss to `sums`; not compiled.
 
     Args:
       regularised: Whether dropout and drop path are on.
       gives: Whether the outputs are kept, as the objective's `teach` leaves them.
-      who: A sub-network; or its vector; or `[shards, entries]` vectors, one for each data shard.
+      who: A sub-network, or what runs it; or its vector; or `[shards, entries]` vectors, one for each
+        data shard.
       trained: `{"model": params, "objective": params}`.
       fixed: The model's other collections.
       state: The objective's untrained state.
@@ -126,9 +165,10 @@ class Gradients:
       total["touched"] = jax.tree.map(jnp.logical_or, sums["touched"], self.touched(trained, who))
     return total, given, metrics
 
-  def touched(self, trained: Any, who: Subnet | jax.Array) -> Any:
+  def touched(self, trained: Any, who: Subnet | Runnable | jax.Array) -> Any:
     """Which weights a term uses, a tree of booleans."""
     groups = self.supernet.space.groups
+    who = who.subnet if isinstance(who, Runnable) else who
     if isinstance(who, Subnet):
       small = jax.eval_shape(lambda t: take(t, self.axes, who, groups, strict=False), trained)
       ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), small)
@@ -143,8 +183,8 @@ class Gradients:
 
   def _over(self, who, run, *operands):
     """`run(runnable, *operands) -> (means over the batch, arrays [batch, ...])` for whom it is asked."""
-    if isinstance(who, Subnet):
-      return run(self._runnable(who), *operands)
+    if isinstance(who, (Subnet, Runnable)):
+      return run(who if isinstance(who, Runnable) else self._runnable(who), *operands)
     if who.ndim == 1:
       return self.one.switch(run, who, *operands)
     return self._per_shard(who, run, *operands)
@@ -196,7 +236,7 @@ class Gradients:
       return self.objective.teach(own, state, jax.lax.stop_gradient(outputs), batch, step)
 
     given = teach(outputs)
-    if isinstance(who, Subnet):
+    if isinstance(who, (Subnet, Runnable)):
       return given
     largest = self._runnable(self.supernet.space.largest)
     full = jax.eval_shape(lambda *a: teach(self._term(largest, False, *a)[1][0]), trained, fixed, state,

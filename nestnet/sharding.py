@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from nestnet.axes import Axes, is_axes
@@ -50,7 +51,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     raise UserError(f"mesh {sizes} needs {max(count, rest)} devices, {len(devices)} are here")
   # Library layers are written for automatic propagation; JAX's default axis type is Explicit.
   auto = (AxisType.Auto,) * len(sizes)
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count])
+  # A TPU's physical axes may have to be split, such as 4 x 4 chips for 8 x 2; `jax.make_mesh` refuses.
+  grid = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices[:count], allow_split_physical_axes=True)
+  return Mesh(grid, tuple(sizes), axis_types=auto)
 
 
 def check_mesh(mesh: Mesh, axes: Any, shapes: Any, space: Space) -> None:

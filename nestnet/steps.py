@@ -21,7 +21,7 @@ from nestnet import execution
 from nestnet.axes import Axes, is_axes
 from nestnet.errors import UserError, one_of
 from nestnet.execution import Supernet
-from nestnet.gradients import Gradients, as_data
+from nestnet.gradients import Gradients, Program, as_data
 from nestnet.objectives.base import Objective
 from nestnet.one_program import OneProgram
 from nestnet.sampling import FIXED_LIMIT, Member, Sampler, Term
@@ -135,8 +135,7 @@ class Step:
 
   def abstract(self) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        self._shapes, self._places)
+    return _abstract(self._shapes, self._places)
 
   def _placed(self, shapes: TrainState) -> TrainState:
     """Where a state lies: optimizer state and averages with their weights, all else everywhere."""
@@ -188,36 +187,73 @@ class Step:
       The next state, and scalars still on the device: `loss` (the sum over sub-networks),
       `grad_norm`, and the objective's metrics of the first sub-network.
     """
-    terms = self.recipe.sampler.terms(step)
-    single = all(len(t.candidates) == 1 for t in terms)
-    if self.recipe.sampler.fixed and single and len(terms) <= FIXED_LIMIT:
+    if self.is_whole:
       return self._whole(state, batch)
+    terms = self.recipe.sampler.terms(step)
     sums, self._sums = self._sums or self._start(state.trained), None
-    state, self._sums, metrics = self._make(terms, state, batch, sums, self._gradients.adding, self._update)
+    state, self._sums, metrics = self._make(
+      terms, state, batch, sums, lambda program, *arguments: program.call(*arguments))
     return state, metrics
+
+  @functools.cached_property
+  def is_whole(self) -> bool:
+    """Whether the whole step is one program, for a short list of terms that never changes."""
+    terms = self.recipe.sampler.terms(0) if self.recipe.sampler.fixed else ()
+    return 0 < len(terms) <= FIXED_LIMIT and all(len(t.candidates) == 1 for t in terms)
 
   def _fixed_step(self, state, batch):
-    """The whole step in one program, for a list of terms that never changes."""
-    def gradient(subnet, regularised, gives):
-      return functools.partial(self._gradients.add, regularised, gives, subnet)
-
-    state, _, metrics = self._make(self.recipe.sampler.terms(0), state, batch,
-                                   self._zeros(state.trained), gradient, self._updated)
+    """The whole step in one program."""
+    state, _, metrics = self._make(
+      self.recipe.sampler.terms(0), state, batch, self._zeros(state.trained),
+      lambda program, *arguments: program.computes(*arguments))
     return state, metrics
 
-  def _make(self, terms, state, batch, sums, gradient, update):
-    """Adds up the terms' gradients, then updates; `gradient` and `update` are compiled or not."""
-    taught, metrics = self._teacher_outputs(terms, state, batch), {}
+  def programs(self, terms: tuple[Term, ...], batch: Mapping[str, jax.ShapeDtypeStruct],
+               run: Callable[..., Any]) -> Any:
+    """Goes through the programs of a step on abstract values, without running any.
+
+    Args:
+      terms: What the step trains; where the whole step is one program, that of its own terms.
+      batch: Shapes, dtypes and shardings of a batch.
+      run: `run(program, *arguments)`, called as the step would call the program, returns its outputs
+        as `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+      What stays on the devices during the step: trees of the very objects that are arguments.
+    """
+    state = self.abstract()
+    if self.is_whole:
+      members = tuple(term.candidates[0] for term in self.recipe.sampler.terms(0))
+      run(Program("step", members, self._whole, self._fixed_step), state, batch)
+      return state, batch
+    sums = _abstract(jax.eval_shape(self._zeros, state.trained), self._sums_of(
+      replicated(self.mesh), self._places.trained))
+
+    def follow(program, *arguments):
+      arguments = [_abstract(a, replicated(self.mesh)) if isinstance(a, jax.Array) else a for a in arguments]
+      outputs = run(program, *arguments)
+      if program.kind == "loss":
+        # Which candidate trains is decided by values: the first stands for it.
+        return 0.0
+      # Donated: the very buffers come back.
+      return (sums, *outputs[1:]) if program.kind == "gradient" else outputs
+
+    self._make(terms, state, batch, sums, follow)
+    return state, batch, sums
+
+  def _make(self, terms, state, batch, sums, run):
+    """Adds up the terms' gradients, then updates."""
+    taught, metrics = self._teacher_outputs(terms, state, batch, run), {}
     for index, term in enumerate(terms):
       seen = taught if term.taught else None
-      subnet = self._selected(term, state, batch, seen, index)
+      member = self._selected(term, state, batch, seen, index, run)
       give = index == 0 and self._gives(terms)
-      sums, outputs, own = gradient(subnet, term.regularised, give)(
-        state.trained, state.fixed, state.objective, batch, seen, state.step, self._key, index,
-        term.weight, sums)
+      sums, outputs, own = run(
+        self._gradients.gradient(member, term, give), state.trained, state.fixed, state.objective, batch,
+        seen, state.step, self._key, index, term.weight, sums)
       taught = outputs if give else taught
       metrics = own if index == 0 else metrics
-    state, sums, totals = update(state, sums, taught)
+    state, sums, totals = run(Program("update", (), self._update, self._updated), state, sums, taught)
     return state, sums, metrics | totals
 
   def runs_teacher(self, terms: tuple[Term, ...]) -> bool:
@@ -225,12 +261,12 @@ class Step:
     in_place = self.recipe.teacher == "largest" and self._gives(terms)
     return any(t.taught for t in terms) and not in_place
 
-  def _teacher_outputs(self, terms, state, batch):
+  def _teacher_outputs(self, terms, state, batch, run):
     """What students see, where the teacher is not a term of the step itself."""
     if not self.runs_teacher(terms):
       return None
     trained = state.trained if state.teacher is None else state.teacher
-    return self._gradients.teach(trained, state.fixed, state.objective, batch, state.step)
+    return run(self._gradients.teacher, trained, state.fixed, state.objective, batch, state.step)
 
   def _gives(self, terms: tuple[Term, ...]) -> bool:
     """Whether the first term's outputs are needed after it."""
@@ -240,13 +276,12 @@ class Step:
                 and any(t.taught for t in terms))
     return in_place or (self.recipe.objective.update is not None and not any(t.taught for t in terms))
 
-  def _selected(self, term, state, batch, taught, index) -> Member:
+  def _selected(self, term, state, batch, taught, index, run) -> Member:
     """The sub-network that a term trains; with several on the data shards, one for each."""
     if len(term.candidates) == 1:
       return term.candidates[0]
-    losses = [self._gradients.loss(c, term.regularised)(
-      state.trained, state.fixed, state.objective, batch, taught, state.step, self._key, index)
-      for c in term.candidates]
+    losses = [run(self._gradients.loss(c, term), state.trained, state.fixed, state.objective, batch, taught,
+                  state.step, self._key, index) for c in term.candidates]
     order = sorted(range(len(losses)), key=lambda i: float(losses[i]))
     return term.candidates[order[0 if self.recipe.select == "lowest" else -1]]
 
@@ -285,3 +320,7 @@ class Step:
                                  transform_non_params=lambda _: True)
     return updates, jax.tree.map(jnp.where, kept, opt_state, state.opt_state)
 
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+  """Shapes and dtypes of a tree, with where it lies."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
