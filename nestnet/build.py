@@ -33,7 +33,7 @@ GROUPS = {
   "optim": ("name", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip_norm", "momentum",
             "b1", "b2"),
   "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
-            "execution", "per_shard_subnets"),
+            "execution", "per_shard_subnets", "accumulate"),
   "mesh": MESH_AXES,
 }
 REQUIRED = {
@@ -120,9 +120,10 @@ def planned(config: Mapping[str, Any], devices: Sequence[Any]
 
 def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh
             ) -> tuple[training.Phase, ...]:
-  if config["train"]["batch_size"] % batch_shards(mesh):
-    raise UserError(f"config.train.batch_size: got {config['train']['batch_size']}, allowed is a "
-                    f"multiple of the {batch_shards(mesh)} devices of mesh.data and mesh.fsdp")
+  size, parts = config["train"]["batch_size"], config["train"].get("accumulate", 1)
+  if size % (batch_shards(mesh) * parts):
+    raise UserError(f"config.train.batch_size: got {size}, allowed is a multiple of the {batch_shards(mesh)} "
+                    f"devices of mesh.data and mesh.fsdp{f', times train.accumulate={parts}' * (parts > 1)}")
   overrides, phases = config.get("phases") or [{"steps": config["train"]["steps"]}], []
   for override, (steps, stretch, fresh) in zip(overrides, _stretches(overrides)):
     merged = _merge(config, {k: v for k, v in override.items() if k not in ("steps", "enter")})
@@ -151,8 +152,8 @@ def _check(config: Mapping[str, Any]) -> None:
     if not config["recipe"][part].get("name"):
       raise UserError(f"config.recipe.{part}.name is missing")
   for key, least in (("steps", 1), ("batch_size", 1), ("checkpoint_every", 1), ("log_every", 1),
-                     ("eval_every", 0)):
-    value = config["train"][key] if key in config["train"] else None
+                     ("eval_every", 0), ("accumulate", 1)):
+    value = config["train"].get(key, 1 if key == "accumulate" else None)
     if not isinstance(value, int) or value < least:
       raise UserError(f"config.train.{key}: got {value}, allowed is a whole number of at least {least}")
   _check_data(config["data"])
@@ -192,7 +193,7 @@ def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, ste
   rate = schedule(optim.pop("schedule", "constant"), optim.pop("learning_rate"),
                   optim.pop("warmup_steps", 0), steps)
   return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed,
-              config["train"].get("execution", "auto"))
+              config["train"].get("execution", "auto"), config["train"].get("accumulate", 1))
 
 
 def _sampler(options: Mapping[str, Any], space: Space, seed: int, shards: int) -> Sampler:

@@ -36,7 +36,8 @@ class Program:
   """One of the compiled programs that make a step.
 
   Attributes:
-    kind: `"teacher"`, `"loss"` of a candidate, `"gradient"`, `"update"`, or `"step"` for all in one.
+    kind: `"split"` of a batch, `"teacher"`, `"loss"` of a candidate, `"gradient"`, `"update"`, or
+      `"step"` for all in one.
     members: The sub-networks that it runs.
     call: The jitted function.
     computes: The same, to be traced: what it computes for these sub-networks.

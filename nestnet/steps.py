@@ -25,7 +25,7 @@ from nestnet.gradients import Gradients, Program, as_data
 from nestnet.objectives.base import Objective
 from nestnet.one_program import OneProgram
 from nestnet.sampling import FIXED_LIMIT, Member, Sampler, Term
-from nestnet.sharding import check_mesh, place, replicated
+from nestnet.sharding import batch_sharding, batch_shards, check_mesh, place, replicated
 from nestnet.subnet import Subnet
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
@@ -96,11 +96,13 @@ class Step:
     seed: Of initial values and of dropout.
     execution: How sub-networks run: `"slice"`: a program for each; `"one_program"`: one for all;
       `"auto"`: slices where the recipe trains a fixed list or the members are few.
+    accumulate: In how many parts a batch is run, one after another, before the update; each needs the
+      memory of its own part alone.
   """
 
   def __init__(self, supernet: Supernet, recipe: Recipe, optimizer: Optimizer, mesh: jax.sharding.Mesh,
-               seed: int = 0, execution: str = "auto"):
-    self.supernet, self.recipe, self.mesh = supernet, recipe, mesh
+               seed: int = 0, execution: str = "auto", accumulate: int = 1):
+    self.supernet, self.recipe, self.mesh, self.accumulate = supernet, recipe, mesh, accumulate
     self._key = jax.random.key(seed)
     objective_axes = []
 
@@ -127,6 +129,7 @@ class Step:
     self._update = jax.jit(self._updated, donate_argnums=(0, 1), out_shardings=(self._places, sums, None))
     self._whole = jax.jit(self._fixed_step, donate_argnums=0, out_shardings=(self._places, None))
     self._start = jax.jit(self._zeros, out_shardings=sums)
+    self._split = jax.jit(self._parts, out_shardings=batch_sharding(mesh))
     self._sums = None
 
   def init(self) -> TrainState:
@@ -199,7 +202,8 @@ class Step:
   def is_whole(self) -> bool:
     """Whether the whole step is one program, for a short list of terms that never changes."""
     terms = self.recipe.sampler.terms(0) if self.recipe.sampler.fixed else ()
-    return 0 < len(terms) <= FIXED_LIMIT and all(len(t.candidates) == 1 for t in terms)
+    return (0 < len(terms) <= FIXED_LIMIT and all(len(t.candidates) == 1 for t in terms)
+            and self.accumulate == 1)
 
   def _fixed_step(self, state, batch):
     """The whole step in one program."""
@@ -242,31 +246,47 @@ class Step:
     return state, batch, sums
 
   def _make(self, terms, state, batch, sums, run):
-    """Adds up the terms' gradients, then updates."""
-    taught, metrics = self._teacher_outputs(terms, state, batch, run), {}
+    """Adds up the terms' gradients over the parts of the batch, then updates."""
+    parts = (batch,) if self.accumulate == 1 else run(Program("split", (), self._split, self._parts), batch)
+    taught, metrics = self._teacher_outputs(terms, state, parts, run), ()
     for index, term in enumerate(terms):
-      seen = taught if term.taught else None
-      member = self._selected(term, state, batch, seen, index, run)
+      seen = taught if term.taught else (None,) * len(parts)
+      member = self._selected(term, state, parts, seen, index, run)
       give = index == 0 and self._gives(terms)
-      sums, outputs, own = run(
-        self._gradients.gradient(member, term, give), state.trained, state.fixed, state.objective, batch,
-        seen, state.step, self._key, index, term.weight, sums)
-      taught = outputs if give else taught
-      metrics = own if index == 0 else metrics
-    state, sums, totals = run(Program("update", (), self._update, self._updated), state, sums, taught)
-    return state, sums, metrics | totals
+      program, given, owns = self._gradients.gradient(member, term, give), [], []
+      for number, (part, targets) in enumerate(zip(parts, seen)):
+        sums, outputs, own = run(
+          program, state.trained, state.fixed, state.objective, part, targets, state.step, self._key,
+          index + number * len(terms), term.weight / len(parts), sums)
+        given.append(outputs)
+        owns.append(own)
+      taught = tuple(given) if give else taught
+      metrics = tuple(owns) if index == 0 else metrics
+    state, sums, metrics = run(Program("update", (), self._update, self._updated), state, sums, taught, metrics)
+    return state, sums, metrics
+
+  def _parts(self, batch):
+    """The batch in parts, each an equal share of what every device has of it."""
+    shards = batch_shards(self.mesh)
+
+    def part(number, x):
+      x = x.reshape(shards, self.accumulate, -1, *x.shape[1:])
+      return x[:, number].reshape(-1, *x.shape[3:])
+
+    return tuple(jax.tree.map(functools.partial(part, number), batch) for number in range(self.accumulate))
 
   def runs_teacher(self, terms: tuple[Term, ...]) -> bool:
     """Whether a step needs the teacher's outputs beside those of its own terms."""
     in_place = self.recipe.teacher == "largest" and self._gives(terms)
     return any(t.taught for t in terms) and not in_place
 
-  def _teacher_outputs(self, terms, state, batch, run):
-    """What students see, where the teacher is not a term of the step itself."""
+  def _teacher_outputs(self, terms, state, parts, run):
+    """What students see of each part, where the teacher is not a term of the step itself."""
     if not self.runs_teacher(terms):
-      return None
+      return (None,) * len(parts)
     trained = state.trained if state.teacher is None else state.teacher
-    return run(self._gradients.teacher, trained, state.fixed, state.objective, batch, state.step)
+    return tuple(run(self._gradients.teacher, trained, state.fixed, state.objective, part, state.step)
+                 for part in parts)
 
   def _gives(self, terms: tuple[Term, ...]) -> bool:
     """Whether the first term's outputs are needed after it."""
@@ -276,12 +296,13 @@ class Step:
                 and any(t.taught for t in terms))
     return in_place or (self.recipe.objective.update is not None and not any(t.taught for t in terms))
 
-  def _selected(self, term, state, batch, taught, index, run) -> Member:
+  def _selected(self, term, state, parts, seen, index, run) -> Member:
     """The sub-network that a term trains; with several on the data shards, one for each."""
     if len(term.candidates) == 1:
       return term.candidates[0]
-    losses = [run(self._gradients.loss(c, term), state.trained, state.fixed, state.objective, batch, taught,
-                  state.step, self._key, index) for c in term.candidates]
+    losses = [sum(run(self._gradients.loss(c, term), state.trained, state.fixed, state.objective, part, targets,
+                      state.step, self._key, index) for part, targets in zip(parts, seen))
+              for c in term.candidates]
     order = sorted(range(len(losses)), key=lambda i: float(losses[i]))
     return term.candidates[order[0 if self.recipe.select == "lowest" else -1]]
 
@@ -291,8 +312,15 @@ class Step:
       sums["touched"] = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), trained)
     return sums
 
-  def _updated(self, state: TrainState, sums, outputs):
-    """The optimizer's update from the sums, which come back as zeros."""
+  def _updated(self, state: TrainState, sums, taught, metrics):
+    """The optimizer's update from the sums, which come back as zeros.
+
+    Args:
+      state: What to update.
+      sums: Of losses and gradients.
+      taught: What the objective gave of each part of the batch, or None for each.
+      metrics: The objective's, of each part.
+    """
     updates, opt_state = self.tx.update(sums["grads"], state.opt_state, state.trained)
     if self.recipe.untouched != "update":
       updates, opt_state = self._spare(updates, opt_state, state, sums["touched"])
@@ -302,8 +330,10 @@ class Step:
       teacher = optax.incremental_update(trained, teacher, 1 - self.recipe.ema)
     objective, update = state.objective, self.recipe.objective.update
     if update:
+      outputs = taught[0] if len(taught) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *taught)
       objective = update(objective, trained, outputs, state.step)
-    metrics = {"loss": sums["loss"], "grad_norm": optax.tree.norm(sums["grads"])}
+    metrics = jax.tree.map(lambda *x: sum(x) / len(x), *metrics) | {
+      "loss": sums["loss"], "grad_norm": optax.tree.norm(sums["grads"])}
     state = state.replace(step=state.step + 1, trained=trained, opt_state=opt_state, teacher=teacher,
                           objective=objective)
     return state, self._zeros(trained), metrics
