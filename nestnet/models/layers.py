@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from nestnet.axes import Axes, axes
@@ -39,14 +40,33 @@ class Linear(nn.Module):
       1.0, "fan_in", "truncated_normal", in_axis=range(n), out_axis=range(n, n + len(self.outputs)))
     kernel = self.param("kernel", axes(init, self.names), inputs + self.outputs, self.param_dtype)
     fan_in, fan_out = math.prod(inputs), math.prod(self.outputs)
-    kernel = kernel.reshape(fan_in, fan_out).astype(self.dtype)
-    y = x.reshape(-1, fan_in).astype(self.dtype) @ kernel
+    bias = None
     if self.use_bias:
       produced = "-> " + " ".join(named.names[n:])
       bias = self.param(
-        "bias", axes(nn.initializers.zeros, produced), self.outputs, self.param_dtype)
-      y += bias.reshape(1, fan_out).astype(self.dtype)
+        "bias", axes(nn.initializers.zeros, produced), self.outputs, self.param_dtype).reshape(1, fan_out)
+    affine = _affine if self.dtype == self.param_dtype else _mixed
+    y = affine(x.reshape(-1, fan_in).astype(self.dtype), kernel.reshape(fan_in, fan_out), bias)
     return y.reshape(x.shape[:-n] + self.outputs)
+
+
+def _affine(x, kernel, bias):
+  """`x @ kernel + bias` in the type of `x`."""
+  y = x @ kernel.astype(x.dtype)
+  return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _derivative(saved, cotangents):
+  """Of `_affine`: sums over the batch, and so over devices, are in the wider type."""
+  x, kernel, bias = saved
+  wide = jnp.promote_types(x.dtype, kernel.dtype)
+  of_kernel = jax.lax.dot_general(x, cotangents, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+  of_bias = None if bias is None else cotangents.sum(0, keepdims=True, dtype=wide).astype(bias.dtype)
+  return cotangents @ kernel.astype(x.dtype).T, of_kernel.astype(kernel.dtype), of_bias
+
+
+_mixed = jax.custom_vjp(_affine)
+_mixed.defvjp(lambda x, kernel, bias: (_affine(x, kernel, bias), (x, kernel, bias)), _derivative)
 
 
 def layer_norm(name: str, axis: str = "embed", dtype: Any = jnp.float32,

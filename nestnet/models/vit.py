@@ -102,12 +102,13 @@ class ViT(nn.Module):
     if self.pool == "token":
       cls = self.param("token", axes(nn.initializers.zeros, "-> 1 embed"), (1, self.embed),
                        self.param_dtype)
-      cls = jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, self.embed))
-      x = jnp.concatenate([cls, x], axis=1)
+      cls = jnp.broadcast_to(cls, (len(x), 1, self.embed))
+      x = jnp.concatenate([cls.astype(x.dtype), x], axis=1)
     positions = self.param(
       "positions", axes(nn.initializers.normal(self.position_std), "-> tokens embed"),
       x.shape[1:], self.param_dtype)
-    x += positions.astype(x.dtype)[None]
+    # The sum over the batch of their derivative is of their own type.
+    x = (x + jnp.broadcast_to(positions, x.shape)).astype(x.dtype)
 
     rates = [self.drop_path * (i + 1) / self.layers for i in range(self.layers)]
     parts = {

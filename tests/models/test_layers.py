@@ -1,0 +1,32 @@
+"""Projections in mixed precision."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from nestnet.models.layers import Linear
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_derivatives_of_weights_are_summed_in_the_weights_type(use_bias):
+  """bfloat16 factors, float32 sums: a sum in bfloat16 would lose 3 of 7 digits."""
+  rng = np.random.default_rng(0)
+  x, ct = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((64, 8), (64, 4, 2)))
+  layer = Linear("embed -> heads head_dim", (4, 2), dtype=jnp.bfloat16, use_bias=use_bias)
+  params = meta.unbox(layer.init(jax.random.key(0), x))["params"]
+  y, pull = jax.vjp(lambda p, x: layer.apply({"params": p}, x), params, x)
+  grads, of_x = pull(ct)
+  assert y.dtype == of_x.dtype == jnp.bfloat16
+  assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
+  flat = np.asarray(ct, np.float32).reshape(64, 8)
+  np.testing.assert_allclose(grads["kernel"].reshape(8, 8), np.asarray(x, np.float32).T @ flat, rtol=1e-5, atol=1e-5)
+  if use_bias:
+    np.testing.assert_allclose(grads["bias"].reshape(8), flat.sum(0), rtol=1e-5, atol=1e-5)
+  plain = Linear("embed -> heads head_dim", (4, 2), use_bias=use_bias)
+  wide = lambda a: a.astype(jnp.float32)
+  expected = jax.vjp(lambda x: plain.apply({"params": params}, x), wide(x))[1](wide(ct))[0]
+  np.testing.assert_allclose(wide(of_x), expected, rtol=0.05, atol=0.05)
