@@ -35,7 +35,8 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config.optim = dict(name="adamw", learning_rate=4e-3, schedule="cosine", warmup_steps=50,
                       weight_decay=0.05, clip_norm=1.0, b1=0.9, b2=0.99)
   # Global batch, in images; the last step is always saved.
-  config.train = dict(steps=2000, batch_size=128, checkpoint_every=500, log_every=10, eval_every=0)
+  config.train = dict(steps=2000, batch_size=128, checkpoint_every=500, log_every=10, eval_every=0,
+                      execution="auto", per_shard_subnets=False, accumulate=1)
   # Devices; -1 takes all that are there.
-  config.mesh = dict(data=1)
+  config.mesh = dict(data=1, fsdp=1, model=1)
   return config

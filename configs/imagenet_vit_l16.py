@@ -29,7 +29,8 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config.optim = dict(name="adamw", learning_rate=1e-3, schedule="cosine", warmup_steps=10_000,
                       weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95)
   # Global batch, in images; 93,750 steps are 300 epochs.
-  config.train = dict(steps=93_750, batch_size=4096, checkpoint_every=1000, log_every=100, eval_every=0)
+  config.train = dict(steps=93_750, batch_size=4096, checkpoint_every=1000, log_every=100, eval_every=0,
+                      execution="auto", per_shard_subnets=False, accumulate=1)
   # Devices; -1 takes all that are there.
-  config.mesh = dict(data=-1)
+  config.mesh = dict(data=-1, fsdp=1, model=1)
   return config

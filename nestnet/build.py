@@ -71,13 +71,14 @@ class Run:
     return sum(phase.steps for phase in self.phases)
 
 
-def build(config: Mapping[str, Any]) -> Run:
+def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> Run:
   """Turns a config into a run; whatever is wrong with it is said here.
 
   Args:
     config: The groups `model`, `space`, `recipe`, `data`, `optim`, `train`, `mesh`, a `seed`, and
       optionally `phases`: a list of `{"steps": ..., "enter": "package.module:function", ...}` whose
       other keys override groups. A phase with an `optim` of its own begins with a fresh optimizer.
+    mesh: What to lay it over in place of the config's.
 
   Raises:
     ValueError: An unknown key or name, or sizes that do not go together.
@@ -91,7 +92,10 @@ def build(config: Mapping[str, Any]) -> Run:
     if data.get(key) not in (None, there):
       raise UserError(f"config.data.{key}: got {data[key]}, allowed is {there}, as the images of "
                       f"{data['name']} have it")
-  phases = _phases(config, dataset, make_mesh(config["mesh"]))
+  here = make_mesh(mesh or config["mesh"])
+  # Written out: whoever opens the run on another mesh knows how many data shards drew.
+  config["mesh"] = config["mesh"] if mesh else dict(here.shape)
+  phases = _phases(config, dataset, here)
   return Run(config, dataset, _batches(config, dataset), phases)
 
 
@@ -113,6 +117,7 @@ def planned(config: Mapping[str, Any], devices: Sequence[Any]
   else:
     dataset = load(data["name"], data.get("data_dir") or None)
   mesh = make_mesh(config["mesh"], devices)
+  config["mesh"] = dict(mesh.shape)
   phases = _phases(config, dataset, mesh)
   laid = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
   return phases, {"image": laid((size, *dataset.shape), jnp.float32), "label": laid((size,), jnp.int32)}
@@ -186,7 +191,7 @@ def _stretches(phases: Sequence[Mapping]) -> list[tuple[int, int, bool]]:
 def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, steps: int) -> Step:
   supernet = _supernet(config, dataset)
   recipe, optim, seed = config["recipe"], dict(config["optim"]), config.get("seed", 0)
-  shards = mesh.shape["data"] if config["train"].get("per_shard_subnets") else 1
+  shards = config["mesh"]["data"] if config["train"].get("per_shard_subnets") else 1
   made = Recipe(
     _sampler(recipe["sampler"], supernet.space, seed, shards), objective(**recipe["objective"]),
     **{k: recipe[k] for k in ("teacher", "ema", "select", "untouched") if k in recipe})

@@ -106,10 +106,6 @@ class Gradients:
     teaches = options[1:] == (True,) and member == self.supernet.space.largest
     if teaches or (self.one is None and isinstance(member, Subnet)):
       return Program(kind, members, compiled(*options, member), functools.partial(function, member), taught)
-    if self.one is None:
-      raise UserError("sub-networks of their own on the data shards must be data to one program: "
-                      "train.per_shard_subnets needs train.execution=one_program")
-
     def computes(*operands):
       # Each on its share of the batch, as one program runs it.
       *before, batch, seen = operands[:5]
@@ -251,12 +247,12 @@ def as_data(execution: str, supernet: Supernet, sampler: Sampler) -> bool:
 
   Args:
     execution: `"slice"`, `"one_program"`, or `"auto"`: slices where a recipe trains a fixed list, or
-      the members are few.
+      the members are few and the data shards do not draw for themselves.
     supernet: The family.
     sampler: Which of them train.
 
   Raises:
-    ValueError: An unknown `execution`.
+    ValueError: An unknown `execution`, or one that the model or the sampler rules out.
   """
   if execution not in EXECUTIONS:
     raise one_of("train.execution", execution, EXECUTIONS)
@@ -264,7 +260,10 @@ def as_data(execution: str, supernet: Supernet, sampler: Sampler) -> bool:
   if execution == "one_program" and not stacked:
     raise UserError(f"{type(supernet.model).__name__} has no stack of layers, so its sub-networks cannot "
                     "be data; allowed: train.execution=slice")
+  if execution == "slice" and sampler.shards > 1:
+    raise UserError("sub-networks of their own on the data shards must be data to one program: "
+                    "train.per_shard_subnets needs train.execution=one_program, or auto")
   if execution != "auto":
     return execution == "one_program"
   few = sampler.fixed or space.pool or space.size <= FIXED_LIMIT
-  return not few and stacked
+  return stacked and (not few or sampler.shards > 1)

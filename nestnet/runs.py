@@ -97,7 +97,7 @@ def opened(workdir: str | os.PathLike[str]) -> tuple[Run, int, TrainState]:
   if not (workdir / "config.json").is_file():
     raise MissingFileError(f"no run in {workdir}: config.json is missing")
   # Whatever trained it, one device looks at it.
-  run = build(_load(workdir / "config.json")["config"] | {"mesh": {"data": 1}})
+  run = build(_load(workdir / "config.json")["config"], {"data": 1})
   found = training.restore(run.phases, workdir)
   if found is None:
     raise MissingFileError(f"no checkpoint in {workdir / 'checkpoints'}; train first: python -m "

@@ -45,10 +45,17 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """`terms(step)`, and whether they are the same at every step (then one program runs them all)."""
+  """Names what trains.
+
+  Attributes:
+    terms: `terms(step)` are the terms of a step.
+    fixed: Whether they are the same at every step; then one program runs them all.
+    shards: How many data shards draw for themselves.
+  """
 
   terms: Callable[[int], tuple[Term, ...]]
   fixed: bool = False
+  shards: int = 1
 
 
 def sampler(name: str, space: Space, seed: int = 0, **options) -> Sampler:
@@ -85,7 +92,7 @@ def on_shards(samplers: Sequence[Sampler]) -> Sampler:
     return tuple(map(_together, zip(*(s.terms(step) for s in samplers), strict=True)))
 
   terms(0)
-  return Sampler(terms, fixed=all(s.fixed for s in samplers))
+  return Sampler(terms, all(s.fixed for s in samplers), len(samplers))
 
 
 def _together(terms: tuple[Term, ...]) -> Term:

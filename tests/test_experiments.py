@@ -160,3 +160,41 @@ def test_every_method_builds_at_full_size(method):
   state = run.step.abstract()
   assert state.trained["model"]["patch"]["kernel"].shape[-1] == run.supernet.model.embed
   assert bool(jax.tree.leaves(state.trained["objective"])) == method.startswith("matryoshka")
+
+
+def meshed(steps, **mesh):
+  """A family of many members, each data shard drawing for itself."""
+  config = shrunken("sorted", steps)
+  with config.unlocked():
+    config.model.update(head_dim=4, dtype="bfloat16")
+    config.space.update(pool=(), groups=dict(heads=2, mlp=2))
+    config.recipe.sampler.n = 1
+    config.train.update(batch_size=16, per_shard_subnets=True, accumulate=2)
+    config.mesh = mesh
+  return config
+
+
+def test_a_run_goes_on_on_another_mesh_and_is_extracted_to_one_device(tmp_path):
+  """2 x 2 x 2 devices, then 2 x 4; rows and files are of one device."""
+  workdir = tmp_path / "run"
+  assert runs.train(meshed(2, data=2, fsdp=2, model=2), workdir, show_progress=False)
+  before = runs.opened(workdir)[2].trained
+  assert runs.train(meshed(3, data=2, fsdp=-1), workdir, show_progress=False)
+  run, step, state = runs.opened(workdir)
+  assert step == 3 and run.config["mesh"] == {"data": 2, "fsdp": 4, "model": 1}
+  assert run.step.mesh.size == 1 and run.step.recipe.sampler.shards == 2
+  saved = json.loads((workdir / "config.json").read_text())["changes"]
+  assert saved == [{"mesh.fsdp": [2, 4], "mesh.model": [2, 1], "train.steps": [2, 3]}]
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), before["model"], state.trained["model"])
+  assert all(jax.tree.leaves(moved))
+  rows = {row["subnet"]: row for row in json.loads((workdir / "subnets.json").read_text())}
+  assert all(row["images"] == 3 * 16 and row["train_flops"] > 0 for row in rows.values())
+  row, difference = extraction.extract_run(workdir, tmp_path / "out", next(iter(rows)))
+  assert difference == 0.0 and row["accuracy"] == rows[row["subnet"]]["accuracy"]
+
+
+def test_shards_that_draw_for_themselves_cannot_be_slices():
+  config = meshed(2, data=2)
+  config.train.execution = "slice"
+  with pytest.raises(ValueError, match="per_shard_subnets needs train.execution=one_program"):
+    runs.train(config, "nowhere")
