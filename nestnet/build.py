@@ -21,7 +21,7 @@ from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
 from nestnet.sampling import sampler
-from nestnet.sharding import make_mesh
+from nestnet.sharding import batch_part, make_mesh
 from nestnet.space import Space
 from nestnet.steps import Recipe, Step
 
@@ -99,7 +99,7 @@ def build(config: Mapping[str, Any]) -> Run:
       raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
                       "put a phase before it, or name the phase's `enter` that sets a teacher")
     phases.append(training.Phase(steps, step, enter, fresh))
-  return Run(config, dataset, _batches(config, dataset), tuple(phases))
+  return Run(config, dataset, _batches(config, dataset, mesh), tuple(phases))
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -195,7 +195,7 @@ def plain(config: Any) -> Any:
   return [plain(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
-def _batches(config: Mapping[str, Any], dataset: Dataset) -> Batches:
+def _batches(config: Mapping[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh) -> Batches:
   data = config["data"]
   return Batches(dataset, "train", config["train"]["batch_size"], config.get("seed", 0),
-                 augmentation(data.get("augment", "none")), jax.process_index(), jax.process_count())
+                 augmentation(data.get("augment", "none")), *batch_part(mesh))
