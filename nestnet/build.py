@@ -21,7 +21,7 @@ from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
 from nestnet.sampling import Sampler, on_shards, sampler
-from nestnet.sharding import MESH_AXES, batch_sharding, batch_shards, make_mesh
+from nestnet.sharding import MESH_AXES, batch_part, batch_sharding, batch_shards, make_mesh
 from nestnet.space import Space
 from nestnet.steps import Recipe, Step
 
@@ -96,7 +96,7 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
   # Written out: whoever opens the run on another mesh knows how many data shards drew.
   config["mesh"] = config["mesh"] if mesh else dict(here.shape)
   phases = _phases(config, dataset, here)
-  return Run(config, dataset, _batches(config, dataset), phases)
+  return Run(config, dataset, _batches(config, dataset, here), phases)
 
 
 def planned(config: Mapping[str, Any], devices: Sequence[Any]
@@ -256,7 +256,7 @@ def plain(config: Any) -> Any:
   return [plain(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
-def _batches(config: Mapping[str, Any], dataset: Dataset) -> Batches:
+def _batches(config: Mapping[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh) -> Batches:
   data = config["data"]
   return Batches(dataset, "train", config["train"]["batch_size"], config.get("seed", 0),
-                 augmentation(data.get("augment", "none")), jax.process_index(), jax.process_count())
+                 augmentation(data.get("augment", "none")), *batch_part(mesh))

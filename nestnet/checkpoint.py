@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from nestnet import errors
+from nestnet import errors, processes
 
 PyTree = Any
 _SCALARS = (bool, int, float, str)
@@ -97,7 +97,7 @@ class _StateHandler(ocp.StandardCheckpointHandler):
 
 
 def _check_files(directory: pathlib.Path) -> None:
-  """Raises where a file is not what was written.
+  """Raises where a file is not what was written; one process reads for all.
 
   Done before Orbax reads: on damaged files it raises bare Exceptions, and its tasks that fail
   later leave tracebacks on the terminal.
@@ -212,13 +212,14 @@ class Checkpoints:
     for step in reversed(self.steps):
       wanted = abstract_state(step) if callable(abstract_state) else abstract_state
       try:
-        record = self._record(step)
+        record = self._verified(step)
         self._check_same(step, record["leaves"], wanted)
         return step, self._read(step, record, wanted)
       except _Damaged as damage:
         self._damaged[step] = str(damage)
-        logging.warning("checkpoint %d in %s is damaged and skipped: %s", step, self._directory,
-                        damage)
+        if processes.first():
+          logging.warning("checkpoint %d in %s is damaged and skipped: %s", step, self._directory,
+                          damage)
     if self._damaged:
       raise errors.UserError(
           f"every checkpoint in {self._directory} is damaged; nothing was changed there. "
@@ -249,6 +250,20 @@ class Checkpoints:
     self._writing = True
     self._manager = self._open()
 
+  def _verified(self, step: int) -> dict[str, Any]:
+    """The record of a step whose files are whole in the eyes of every process."""
+    record, damage = {}, ""
+    try:
+      record = self._record(step)
+      if processes.first():
+        _check_files(self._directory / str(step) / "state")
+    except _Damaged as found:
+      damage = str(found)
+    # Arrays are read by all processes together, or by none.
+    if damage := next(filter(None, processes.gather(damage)), ""):
+      raise _Damaged(damage)
+    return record
+
   def _record(self, step: int) -> dict[str, Any]:
     """Reads what was saved at a step, verified."""
     try:
@@ -274,13 +289,12 @@ class Checkpoints:
           f"{len(stored.keys() | expected.keys())} leaves differ:\n  " + "\n  ".join(different))
 
   def _read(self, step: int, record: Mapping[str, Any], abstract_state: PyTree) -> PyTree:
-    """Restores and verifies the leaves of a step whose record fits `abstract_state`."""
+    """Restores the leaves of a step whose record fits `abstract_state`, and verifies them."""
     state = {**_leaves(abstract_state), **record["scalars"]}
     wanted = {name: _abstract_data(x) for name, x in state.items()
               if name not in record["scalars"]}
     arrays = {name: x for name, x in wanted.items() if x.size}
     sums = np.zeros(len(arrays), np.uint32)
-    _check_files(self._directory / str(step) / "state")
     restored = self._manager.restore(step, args=ocp.args.Composite(
         state=ocp.args.StandardRestore({"arrays": arrays, "checksums": sums})))["state"]
     found = np.asarray(_checksums(restored["arrays"]))

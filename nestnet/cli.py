@@ -1,13 +1,15 @@
 """Command lines: flags in, one message and an exit code out.
 
 Exit codes: 0 done, 1 a failed run (one message) or a bug (with its traceback), 2 a mistake of the
-user (one message: what, got, allowed), 130 interrupted by Ctrl-C. Nothing here imports JAX, so that
-a mistyped flag answers at once; scripts should import what is heavy inside `main`.
+user (one message: what, got, allowed), 75 the job lost a process and the same command goes on (EX_TEMPFAIL
+of <sysexits.h>), 130 interrupted by Ctrl-C. Nothing here imports JAX, so that a mistyped flag answers
+at once; scripts should import what is heavy inside `main`.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
@@ -54,14 +56,19 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     return main(argv)
 
   warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
-  try:
+  with reported():
     app.run(start, flags_parser=parse)
-  except errors.UserError as error:
-    sys.exit(_report(str(error), 2))
-  except errors.Failure as error:
-    sys.exit(_report(str(error), 1))
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+  """Turns what the user should read in one message into that message and `SystemExit`."""
+  try:
+    yield
+  except (errors.UserError, errors.Failure) as error:
+    sys.exit(report(str(error), error.code))
   except KeyboardInterrupt:
-    sys.exit(_report("interrupted", 130))
+    sys.exit(report("interrupted", 130))
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -249,6 +256,7 @@ def _first_line(error: Exception) -> str:
   return text.split("\n")[0]
 
 
-def _report(message: str, code: int) -> int:
-  print(f"{pathlib.Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
+def report(message: str, code: int) -> int:
+  """Prints a message after the program's name, to standard error; gives back the exit code."""
+  print(f"{pathlib.Path(sys.argv[0]).stem}: {message}", file=sys.stderr, flush=True)
   return code

@@ -9,9 +9,19 @@ from collections.abc import Iterable
 class UserError(ValueError):
   """A mistake in what the user asked for; command lines print it without a traceback, exit 2."""
 
+  code = 2
+
 
 class Failure(RuntimeError):
   """Why a run cannot go on, though nobody asked for anything wrong; printed without a traceback, exit 1."""
+
+  code = 1
+
+
+class Lost(Failure):
+  """Another process of the job is gone; the same command on every host goes on, exit 75."""
+
+  code = 75
 
 
 def one_of(what: str, got: object, allowed: Iterable[object]) -> UserError:

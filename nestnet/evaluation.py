@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from nestnet import cost, report
+from nestnet import cost, processes, report
 from nestnet.build import Run
 from nestnet.data import arrays
 from nestnet.evaluators.classification import classification
@@ -17,6 +18,7 @@ from nestnet.execution import Supernet
 from nestnet.logs import Progress
 from nestnet.one_program import OneProgram
 from nestnet.sampling import Member
+from nestnet.sharding import local
 from nestnet.space import ENUMERABLE, Space, volume
 from nestnet.steps import Step, TrainState
 from nestnet.subnet import Subnet
@@ -43,13 +45,15 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
   """Rows of `subnets.json`: `subnet`, `params`, `flops` of an image, metrics, and their budget.
 
   Metrics of the test split have plain names (`accuracy`), those of others a prefix
-  (`validation_accuracy`).
+  (`validation_accuracy`). Processes share the members out, and each gets all rows.
   """
   data = {split: arrays(run.dataset, split) for split in splits}
-  spent = budget(run, int(state.step))
-  progress = Progress(len(subnets := list(subnets)), label="evaluate") if show_progress else None
+  spent, state = budget(run, int(state.step)), local(state)
+  subnets = list(subnets)
+  share = subnets[jax.process_index()::jax.process_count()]
+  progress = Progress(len(share), label="evaluate") if show_progress and processes.first() else None
   rows = []
-  for subnet in subnets:
+  for subnet in share:
     module, variables = run.supernet.module(subnet), run.step.member(state, subnet)
     row = {"subnet": str(subnet), **costs(run.supernet, subnet)}
     for split, examples in data.items():
@@ -60,7 +64,8 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
       progress.update(len(rows), row)
   if progress:
     progress.close()
-  return rows
+  shares = [json.loads(text) for text in processes.gather(json.dumps(rows))]
+  return [shares[i % len(shares)][i // len(shares)] for i in range(len(subnets))]
 
 
 def costs(supernet: Supernet, subnet: Subnet) -> dict[str, int]:
@@ -172,7 +177,10 @@ def title(run: Run) -> str:
 
 
 def watch(run: Run, step: Step, state: TrainState) -> dict[str, float]:
-  """Validation accuracy of the extremes while training."""
+  """Validation accuracy of the extremes while training; nothing in a process that does not write."""
+  state = local(state)
+  if not processes.first():
+    return {}
   examples, space = arrays(run.dataset, "validation"), step.supernet.space
   return {f"{which}_validation_{name}": value
           for which, subnet in (("largest", space.largest), ("smallest", space.smallest))

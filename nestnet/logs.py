@@ -48,6 +48,16 @@ class Logs:
     self._events.close()
 
 
+class NoLogs:
+  """Logs of a process that leaves the writing to another."""
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    del step, scalars
+
+  def close(self) -> None:
+    pass
+
+
 def _rows(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
   """The step and the text of each whole line; a kill may have left half of one at the end."""
   lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []

@@ -10,10 +10,12 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nestnet import charts, evaluation, report, training
+import jax
+
+from nestnet import charts, evaluation, processes, report, training
 from nestnet.build import Run, build
 from nestnet.errors import MissingFileError, UserError
 from nestnet.checkpoint import Checkpoints
@@ -34,19 +36,24 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progr
     nestnet.training.NonFinite: Training diverged.
   """
   workdir, run = pathlib.Path(workdir), build(config)
-  settle(run.config, workdir)
-  if (workdir / "done").exists():
+  processes.agree(lambda: _identity(run), "every host runs the same command with the same software")
+  if settle(run.config, workdir):
     return True
   state = trained(run, workdir, show_progress)
   if state is None:
     return False
   members = evaluation.evaluated(run.supernet.space)
   rows = evaluation.evaluate(run, state, members, show_progress=show_progress)
+  processes.led(lambda: _finish(run, workdir, rows))
+  return True
+
+
+def _finish(run: Run, workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes what a run ends with."""
   report.write_rows(workdir / "subnets.json", rows)
   charts.pareto_chart(workdir / "pareto.png", rows, title=evaluation.title(run),
                       budget=evaluation.budget_text(rows[0]))
   atomic_write(workdir / "done", "")
-  return True
 
 
 def trained(run: Run, workdir: pathlib.Path, show_progress: bool = True) -> TrainState | None:
@@ -59,18 +66,38 @@ def trained(run: Run, workdir: pathlib.Path, show_progress: bool = True) -> Trai
   return outcome.state if outcome.finished else None
 
 
-def settle(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
+def settle(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:
   """Writes `config.json`, or checks that the one in `workdir` is of the same run.
 
+  Returns:
+    Whether that run is finished.
+
   Raises:
-    ValueError: Another config, with every key that differs; or the folder holds something else.
+    ValueError: Another config, with every key that differs; or the folder holds something else; or
+      the processes of the job see different folders.
   """
+  made = _made(workdir)
+  finished = processes.led(lambda: _settled(config, workdir, made))
+  # Network file systems show a folder as it was up to a minute ago.
+  processes.agree(
+    lambda: {"config.json is there": (workdir / "config.json").exists(), "checkpoints": _made(workdir)},
+    f"{workdir} must be one folder that every host sees", tries=60)
+  return finished
+
+
+def _made(workdir: pathlib.Path) -> list[int]:
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    return checkpoints.steps
+
+
+def _settled(config: Mapping[str, Any], workdir: pathlib.Path, made: Sequence[int]) -> bool:
+  """What `settle` does in the process that writes."""
   path = workdir / "config.json"
   if not path.exists():
     if workdir.exists() and any(workdir.iterdir()):
       raise UserError(f"{workdir} is not empty and holds no config.json; name an empty folder")
     atomic_write(path, _dump({"config": config, "changes": []}))
-    return
+    return False
   saved = _load(path)
   old, new = _flatten(saved["config"]), _flatten(config)
   differing = {k: [old.get(k), new.get(k)] for k in sorted(old | new) if old.get(k) != new.get(k)}
@@ -79,11 +106,23 @@ def settle(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     lines = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} asked for" for k in refused)
     raise UserError(f"{workdir} holds a run of another config; name another workdir, or undo:\n{lines}\n"
                     f"({', '.join(MAY_DIFFER)} may differ)")
-  with Checkpoints(workdir / "checkpoints") as checkpoints:
-    training.check_length(checkpoints, config["train"]["steps"], workdir)
+  training.check_length(made, config["train"]["steps"], workdir)
   if differing:
     (workdir / "done").unlink(missing_ok=True)
     atomic_write(path, _dump({"config": config, "changes": [*saved["changes"], differing]}))
+  return (workdir / "done").exists()
+
+
+def _identity(run: Run) -> dict[str, Any]:
+  """What must be the same in every process: software, config, and what its samplers make of it."""
+  facts = {f"config.{name}": value for name, value in _flatten(run.config).items()}
+  start = 0
+  for phase in run.phases:
+    for step in range(start, start + min(phase.steps, 8)):
+      terms = phase.step.recipe.sampler.terms(step)
+      facts[f"sub-networks of step {step}"] = [" or ".join(map(str, t.candidates)) for t in terms]
+    start += phase.steps
+  return facts | {"version of jax": jax.__version__}
 
 
 def opened(workdir: str | os.PathLike[str]) -> tuple[Run, int, TrainState]:

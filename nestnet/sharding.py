@@ -48,7 +48,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   sizes = {name: len(devices) // rest if size == -1 else size for name, size in sizes.items()}
   count = math.prod(sizes.values())
   if min(sizes.values()) < 1 or count > len(devices):
-    raise UserError(f"mesh {sizes} needs {max(count, rest)} devices, {len(devices)} are here")
+    raise UserError(f"mesh {sizes} needs {max(count, rest)} devices, {len(devices)} are here{_among()}")
+  if count < len(devices) and jax.process_count() > 1:
+    raise UserError(f"mesh {sizes} leaves out devices: it needs {count}, {len(devices)} are here{_among()}; "
+                    "allowed with several processes is all of them, such as mesh.data=-1")
   # Library layers are written for automatic propagation; JAX's default axis type is Explicit.
   auto = (AxisType.Auto,) * len(sizes)
   # A TPU's physical axes may have to be split, such as 4 x 4 chips for 8 x 2; `jax.make_mesh` refuses.
@@ -129,6 +132,23 @@ def gatherer(axes: Any, shapes: Any, mesh: Mesh) -> Callable[[Any], Any]:
   return gather
 
 
+def _among() -> str:
+  return f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+
+
+def local(tree: Any) -> Any:
+  """The arrays of a tree whole and on one device of this process, as a network on its own has them.
+
+  Every process must call it: arrays that are sharded are gathered.
+  """
+  def whole(x: jax.Array) -> jax.Array:
+    if not x.is_fully_replicated:
+      x = jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x)
+    return x.addressable_data(0)
+
+  return jax.tree.map(whole, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Every device holds the whole array."""
   return NamedSharding(mesh, P())
@@ -144,24 +164,37 @@ def batch_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+  """Which part of a batch this process's devices hold, and of how many parts.
+
+  Processes whose devices stand in one row of the `model` axis hold the same part.
+
+  Raises:
+    ValueError: A part of one process overlaps that of another.
+  """
+  held: dict[int, set[int]] = {}
+  for device, (rows,) in batch_sharding(mesh).devices_indices_map((batch_shards(mesh),)).items():
+    held.setdefault(device.process_index, set()).add(rows.start or 0)
+  parts = sorted(set(map(frozenset, held.values())), key=min)
+  if sum(map(len, parts)) > batch_shards(mesh):
+    raise UserError(f"mesh {dict(mesh.shape)}: {batch_shards(mesh)} shares of a batch do not divide over "
+                    f"{jax.process_count()} processes of {len(mesh.local_devices)} devices")
+  return parts.index(frozenset(held[jax.process_index()])), len(parts)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """This process's share of a batch, laid over the mesh.
 
   Raises:
     ValueError: The batch does not divide over the devices.
   """
-  share = batch_shards(mesh) // jax.process_count()
+  share = batch_shards(mesh) // batch_part(mesh)[1]
   for name, value in batch.items():
     if len(value) % share:
       raise UserError(f"batch entry {name!r}: {len(value)} examples in a process do not divide over "
                       f"{share} devices")
   return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), value)
           for name, value in batch.items()}
-
-
-def local(tree: Any) -> Any:
-  """The arrays of a tree whole and on one device, as a network on its own has them."""
-  return jax.device_put(tree, jax.local_devices()[0])
 
 
 def _spec(names: Axes, shape: Sequence[int], mesh: Mesh) -> P:

@@ -7,16 +7,15 @@ import itertools
 import math
 import os
 import pathlib
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from nestnet import processes
 from nestnet.checkpoint import Checkpoints
 from nestnet.errors import Failure, UserError
-from nestnet.logs import Logs, Progress
+from nestnet.logs import Logs, NoLogs, Progress
 from nestnet.sharding import put_batch
 from nestnet.steps import Step, TrainState
 
@@ -61,7 +60,7 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
 
   Killed at any moment and started again, it ends with the parameters of the uninterrupted run, bit
   for bit on the same hardware and mesh. A checkpoint is written only after its own step's loss and
-  gradient norm were seen finite. SIGTERM saves and returns.
+  gradient norm were seen finite. SIGTERM in any process makes all save the same step and return.
 
   Args:
     phases: What to do, one after another.
@@ -80,15 +79,15 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
   ends = _ends(phases)
   total = ends[-1]
   with Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
-    check_length(checkpoints, total, workdir)
+    check_length(checkpoints.steps, total, workdir)
     restored = checkpoints.restore(lambda step: phases[_phase_at(step, ends)].step.abstract())
     start, state = restored or (0, phases[0].step.init())
     current = _phase_at(start, ends)
     if start == 0 and restored is None and phases[0].enter:
       state = phases[0].enter(state)
-    with _Stop() as stop:
-      logs = Logs(workdir, start)
-      progress = Progress(total, start) if show_progress else None
+    with processes.Stop() as stop:
+      logs = Logs(workdir, start) if processes.first() else NoLogs()
+      progress = Progress(total, start) if show_progress and processes.first() else None
       pending = None
       try:
         for step in range(start, total):
@@ -103,7 +102,7 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
           if pending:
             _report(*pending, logs, log_every, progress)
           pending = (done, metrics)
-          stopping = stop.requested
+          stopping = stop.requested(done)
           saves = done % checkpoint_every == 0 or done == total or stopping
           evaluates = evaluate and eval_every and done % eval_every == 0 and done < total
           if saves or evaluates:
@@ -130,11 +129,10 @@ def restore(phases: Sequence[Phase], workdir: str | os.PathLike[str]) -> tuple[i
     return checkpoints.restore(lambda step: phases[_phase_at(step, ends)].step.abstract())
 
 
-def check_length(checkpoints: Checkpoints, steps: int, workdir: str | os.PathLike[str]) -> None:
-  """Raises `ValueError` where more than `steps` steps have been made."""
-  made = max(checkpoints.steps, default=0)
-  if made > steps:
-    raise UserError(f"{workdir} is at step {made}, train.steps is {steps}; allowed is at least as many")
+def check_length(made: Sequence[int], steps: int, workdir: str | os.PathLike[str]) -> None:
+  """Raises `ValueError` where a checkpoint, of those `made`, is past the last of so many steps."""
+  if (newest := max(made, default=0)) > steps:
+    raise UserError(f"{workdir} is at step {newest}, train.steps is {steps}; allowed is at least as many")
 
 
 def _ends(phases: Sequence[Phase]) -> list[int]:
@@ -160,7 +158,7 @@ def _enter(phase: Phase, state: TrainState) -> TrainState:
   return jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
 
 
-def _report(done: int, metrics: dict[str, jax.Array], logs: Logs, log_every: int,
+def _report(done: int, metrics: dict[str, jax.Array], logs: Logs | NoLogs, log_every: int,
             progress: Progress | None) -> None:
   scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
   for name in ("loss", "grad_norm"):
@@ -171,23 +169,3 @@ def _report(done: int, metrics: dict[str, jax.Array], logs: Logs, log_every: int
     logs.write(done, scalars)
   if progress:
     progress.update(done, scalars)
-
-
-class _Stop:
-  """Notes SIGTERM (pre-emption), so that the loop can save and leave."""
-
-  requested = False
-
-  def __enter__(self):
-    # Only the main thread may handle signals; elsewhere the caller's own handling stands.
-    self._main = threading.current_thread() is threading.main_thread()
-    if self._main:
-      self._previous = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def _note(self, *_):
-    self.requested = True
-
-  def __exit__(self, *_):
-    if self._main:
-      signal.signal(signal.SIGTERM, self._previous)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from nestnet import Space, Subnet, hlo
+from nestnet import Space, hlo
 from nestnet.execution import Supernet
 from nestnet.models.vit import ViT
 from nestnet.objectives import objective
