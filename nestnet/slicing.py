@@ -89,7 +89,27 @@ def scatter(small: Any, axes: Any, subnet: Subnet, like: Any, groups: Groups | N
   """
   plain = jax.tree.map(
     lambda a: dataclasses.replace(Axes.of(a), rule=None), axes, is_leaf=is_axes)
-  return jax.linear_transpose(lambda full: take(full, plain, subnet, groups, strict=False), like)(small)[0]
+  leaves, structure = jax.tree.flatten(like)
+  small = jax.tree.leaves(small)
+  # JAX transposes functions of floating or of integer arrays, not of both.
+  for floating in {_floating(leaf) for leaf in leaves}:
+    places = [i for i, leaf in enumerate(leaves) if _floating(leaf) == floating]
+
+    def cut(chosen):
+      chosen = iter(chosen)
+      full = [next(chosen) if i in places else jnp.zeros(x.shape, x.dtype) for i, x in enumerate(leaves)]
+      kept = take(jax.tree.unflatten(structure, full), plain, subnet, groups, strict=False)
+      return [leaf for leaf in jax.tree.leaves(kept) if _floating(leaf) == floating]
+
+    wanted = [leaf for leaf in small if _floating(leaf) == floating]
+    (spread,) = jax.linear_transpose(cut, [leaves[i] for i in places])(wanted)
+    for i, leaf in zip(places, spread):
+      leaves[i] = leaf
+  return jax.tree.unflatten(structure, leaves)
+
+
+def _floating(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def mask(like: Any, axes: Any, sizes: Mapping[str, Any], groups: Groups | None = None) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nestnet import build, dryrun, evaluation, hlo, recipes, tpus
+from nestnet import build, cost, dryrun, evaluation, hlo, recipes, tpus
 from nestnet.sharding import put_batch
 
 CHIP = tpus.Chip(hbm=2**30, flops=1e12, bandwidth=1e11, link=1e9, ring=8, slices=("8",))
@@ -178,3 +178,22 @@ def test_network_time_of_a_ring(kind, factor):
   collective = hlo.Collective(kind, 10**9, (tuple(range(16)),))
   found = dryrun.network_seconds(collective, places, tpus.topology("v5e:16x16"))
   assert found == pytest.approx(factor * 1e9 / 90e9)
+
+
+def test_members_of_every_shard_count_with_their_own_share():
+  """Each on its part of the batch, its layers' forward pass twice: once to go back through them."""
+  made = config("sorted") | {"mesh": dict(data=4)}
+  made["train"] |= {"per_shard_subnets": True}
+  made["recipe"]["sampler"] |= {"n": 1}
+  found = dryrun.compile_config(made, tpus.Topology("test:4", CHIP, (4,)), jax.devices()[:4])
+  (row,) = [row for row in found["programs"] if row["kind"] == "gradient" and row["runs"]]
+  assert len(row["subnets"]) == 4 and set(row["subnets"]) == {SMALL, LARGE}
+  passes = {m["subnet"]: cost_of(m["subnet"]) for m in found["subnets"]}
+  least = sum(passes[name] for name in row["subnets"]) * BATCH / 4 / 4
+  assert 1.2 * least < row["flops"] < 4 / 3 * least
+
+
+def cost_of(name):
+  (phase,), _ = build.planned(config(), jax.devices())
+  supernet = phase.step.supernet
+  return cost.flops(supernet.module(supernet.space.subnet(name)), *supernet.inputs, train=True)

@@ -28,8 +28,10 @@ class Widen(nn.Module):
     down = self.param("down", axes(init, "mlp -> embed"), (self.mlp, x.shape[-1]))
     hidden = jnp.tanh(x @ up + bias)
     mean = self.variable("statistics", "mean", axes(lambda: jnp.zeros(self.mlp), "-> mlp"))
+    calls = self.variable("statistics", "calls", axes(lambda: jnp.zeros((), jnp.int32), ""))
     if self.is_mutable_collection("statistics"):
       mean.value = hidden.mean(0)
+      calls.value += 1
     if not self.is_initializing():
       self.sow("seen", "largest", jnp.abs(hidden).max(0))
     if keep is not None:
