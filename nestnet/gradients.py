@@ -120,9 +120,10 @@ class Gradients:
   def _vectors(self, member):
     if isinstance(member, Subnet):
       return self.one.vector(member)
-    vectors = np.stack([self.one.vector(m) for m in member])
-    sharding = NamedSharding(self.mesh, P("data"))
-    return jax.make_array_from_callback(vectors.shape, sharding, lambda index: vectors[index])
+    shape = len(member), len(self.one.vector(member[0]))
+    # Asked for the rows of this process's own shards alone.
+    rows = lambda index: np.stack([self.one.vector(m) for m in member[index[0]]])[:, index[1]]
+    return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P("data")), rows)
 
   def _add(self, regularised: bool, gives: bool, who: Subnet | Runnable | jax.Array, trained, fixed, state,
            batch, taught, step, key, index, weight, sums):

@@ -19,7 +19,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 def prepared_data(tmp_path_factory):
   """Embedded data sets are prepared once, in a folder of the test's own."""
   previous = os.environ.get("TFDS_DATA_DIR")
-  os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.getbasetemp().parent / "nestnet_data")
+  worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+  os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.getbasetemp().parent / f"nestnet_data{worker}")
   yield
   if previous is None:
     del os.environ["TFDS_DATA_DIR"]
