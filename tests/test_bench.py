@@ -44,23 +44,24 @@ def test_every_size_and_joint_training_are_measured(tmp_path):
   assert all(size in text for size in SIZES) and text.count("bar 1.05: ") == 2
 
 
-def test_a_config_of_another_objective_is_measured_too():
+def test_a_config_of_another_objective_is_measured_by_labels():
   recipe = recipes.recipe("matryoshka", sizes=(4, 8))
-  made = config(recipe, {"features": (4, 8)}, features=8)
-  found = bench.bench(made, batch_size=8, pairs=1, only=["slices"])
-  assert [row["subnet"] for row in found["slices"]["members"]] == ["features=4", "features=8"]
+  bed = bench.Bed(config(recipe, {"features": (4, 8)}, features=8), 8, 1)
+  assert [str(member) for member in bed.listed] == ["features=4", "features=8"]
+  assert bed.run.config["recipe"]["objective"]["name"] == "classification"
 
 
 def test_one_program_is_measured_against_the_faster_way_to_train_alone(bed):
   rows = bench.one_program(bed)
-  assert [row["subnet"] for row in rows] == ["layers=1,embed=8,heads=2,mlp=16", SIZES[1]]
+  smallest, largest = map(str, bed.spread)
+  assert [row["subnet"] for row in rows] == [smallest, largest]
   for row in rows:
     assert plausible(row) and set(row["against"]) == {"plain", "remat"}
     assert row["against"][next(iter(row["against"]))] == row["median"]
   # A sandwich of a space of two members: the very same programs.
   steps = bench.sandwich(bed)
   assert len(steps) == bench.SANDWICHES and all(map(plausible, steps))
-  assert all(row["members"][0] == SIZES[1] and len(row["members"]) == 4 for row in steps)
+  assert all(row["members"][::3] == [largest, smallest] for row in steps)
 
 
 def test_one_program_serves_all_where_slices_take_one_each(bed):

@@ -44,11 +44,12 @@ def test_logits_are_equal(torch_vit, model, space):
   net = Supernet(model, space, INPUT)
   params = randomised(net)
   peer = torch_vit.TorchViT(model, params)
-  for member in (space.smallest, space.largest, *(space.sample((3, i)) for i in range(4))):
-    ours = net.module(member).apply(net.cut({"params": params}, member), BATCH["image"])["logits"]
+  for member in (space.smallest, space.largest, *(space.sample((3, i)) for i in range(2))):
+    run = jax.jit(lambda v, x, m=member: net.module(m).apply(net.cut(v, m), x)["logits"])
+    ours = np.asarray(run({"params": params}, BATCH["image"]))
     theirs = peer(torch.from_numpy(BATCH["image"]), member).detach().numpy()
     scale = float(np.abs(ours).max())
-    np.testing.assert_allclose(theirs / scale, np.asarray(ours) / scale, atol=1e-4, err_msg=str(member))
+    np.testing.assert_allclose(theirs / scale, ours / scale, atol=1e-4, err_msg=str(member))
 
 
 def test_a_training_step_is_equal(torch_vit):
