@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from nestnet import Space, bench, bench_table, cost, errors, recipes
+from nestnet import Space, bench, bench_bed, bench_table, cost, errors, recipes
 from nestnet.space import volume
 
 SIZES = ["layers=1,embed=8,heads=2,mlp=16", "layers=2,embed=16,heads=2,mlp=16"]
@@ -29,7 +29,7 @@ def plausible(row):
 def bed():
   # Two members, so that little is compiled.
   space = dict(couple={"layers embed": ((1, 8), (2, 16))}, heads=(2,), mlp=(16,))
-  return bench.Bed(config(recipes.recipe("sandwich"), space), 8, 2)
+  return bench_bed.Bed(config(recipes.recipe("sandwich"), space), 8, 2)
 
 
 def test_every_size_and_joint_training_are_measured(tmp_path):
@@ -46,9 +46,16 @@ def test_every_size_and_joint_training_are_measured(tmp_path):
 
 def test_a_config_of_another_objective_is_measured_by_labels():
   recipe = recipes.recipe("matryoshka", sizes=(4, 8))
-  bed = bench.Bed(config(recipe, {"features": (4, 8)}, features=8), 8, 1)
+  bed = bench_bed.Bed(config(recipe, {"features": (4, 8)}, features=8), 8, 1)
   assert [str(member) for member in bed.listed] == ["features=4", "features=8"]
   assert bed.run.config["recipe"]["objective"]["name"] == "classification"
+
+
+def test_the_batch_is_doubled_until_steps_are_long_enough(monkeypatch):
+  times = iter((20.0, 45.0, 55.0))
+  monkeypatch.setattr(bench_bed, "median_ms", lambda call: next(times))
+  made = bench_bed.Bed(config(recipes.recipe("truncate"), SPACE), 0, 1)
+  assert made.batch_size == 16 and len(made.batch["label"]) == 16
 
 
 def test_one_program_is_measured_against_the_faster_way_to_train_alone(bed):
@@ -89,14 +96,15 @@ def test_utilisation_is_flops_of_the_batch_over_the_time_of_a_step(bed, monkeypa
 
 
 def test_members_are_spread_over_the_range_of_cost():
-  space = Space(layers=(2, 4, 6), embed=(16, 32, 64, 128), heads=(2, 4), mlp=(32, 64, 128), per_layer=("mlp",))
-  members = bench.spread(space, 20)
+  space = Space(layers=(2, 4, 6), embed=(16, 32, 64, 128), heads=(2, 4), mlp=(32, 64, 128),
+                per_layer=("mlp",))
+  members = bench_bed.spread(space, 20)
   assert len(set(members)) == 20 and (members[0], members[-1]) == (space.smallest, space.largest)
   volumes = [volume(member) for member in members]
   assert volumes == sorted(volumes)
   assert max(b / a for a, b in zip(volumes, volumes[1:])) < 2
   few = Space(layers=(1, 2), mlp=(4, 8))
-  assert bench.spread(few, 20) == list(few)
+  assert bench_bed.spread(few, 20) == list(few)
 
 
 def test_verdicts_name_the_worst():

@@ -6,6 +6,7 @@ compiled. The function is that of `nestnet.models.vit.ViT`, whose weights it tak
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from nestnet.jobs import cores
 from nestnet.models.vit import ViT
 from nestnet.sampling import Term
 from nestnet.subnet import Subnet, kept_ids
+from nestnet.timing import median_ms
 
 Params = Mapping[str, Any]
 
@@ -40,8 +42,8 @@ class TorchViT(nn.Module):
     self.patch_bias = _parameter(params["patch"]["bias"])
     self.positions = _parameter(params["positions"])
     self.token = _parameter(params["token"]) if model.pool == "token" else None
-    self.blocks = nn.ModuleList(
-      Block(model.head_dim, jax.tree.map(lambda leaf: leaf[i], params["blocks"])) for i in range(model.layers))
+    layers = (jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(model.layers))
+    self.blocks = nn.ModuleList(Block(model.head_dim, layer) for layer in layers)
     self.norm = Norm(params["norm"])
     self.head_weight = _parameter(_matrix(params["head"]["kernel"], 1))
     self.head_bias = _parameter(params["head"]["bias"])
@@ -134,19 +136,36 @@ class Peer:
     model = supernet.model
     _check(supernet, optim, len(batch["image"].sharding.device_set))
     self.device = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
-    self.name = f"PyTorch {torch.__version__}"
-    torch.set_num_threads(len(cores()))
     self._dtype = torch.bfloat16 if model.dtype == jax.numpy.bfloat16 else torch.float32
+    self._largest = supernet.space.largest
+    torch.set_num_threads(len(cores()))
     params = jax.jit(supernet.init)(jax.random.key(0))["params"]
     self.network = TorchViT(model, params).to(self.device)
     images, labels = (torch.from_numpy(np.array(batch[name])) for name in ("image", "label"))
     self._images, self._labels = images.to(self.device), labels.long().to(self.device)
     self._clip = optim.get("clip_norm", 0.0)
     named = list(self.network.named_parameters())
-    groups = [{"params": [p for name, p in named if name.endswith("weight") == decays],
-               "weight_decay": decay} for decays, decay in ((True, optim.get("weight_decay", 0.0)), (False, 0.0))]
+    kernels = [p for name, p in named if name.endswith("weight")]
+    others = [p for name, p in named if not name.endswith("weight")]
+    groups = [{"params": kernels, "weight_decay": optim.get("weight_decay", 0.0)},
+              {"params": others, "weight_decay": 0.0}]
     self._optimizer = torch.optim.AdamW(
       groups, lr=optim["learning_rate"], betas=(optim.get("b1", 0.9), optim.get("b2", 0.999)), fused=True)
+
+  @property
+  def name(self) -> str:
+    return f"PyTorch {torch.__version__}, {self.device}, {torch.get_num_threads()} threads"
+
+  def choose_threads(self) -> None:
+    """Goes on with one thread, or one for each core, whichever takes less time for the largest.
+
+    Threads wait for each other busily, which costs much where other processes use the cores too.
+    """
+    largest, took = (Term((self._largest,)),), {}
+    for threads in {1, len(cores())}:
+      torch.set_num_threads(threads)
+      took[threads] = median_ms(functools.partial(self.step, largest))
+    torch.set_num_threads(min(took, key=took.get))
 
   def step(self, terms: Sequence[Term]) -> float:
     """One step on these terms; taught ones learn from the logits of the first. The sum of their losses."""

@@ -64,15 +64,16 @@ def test_a_training_step_is_equal(torch_vit):
   state = step.init()
   # The peer begins as the supernet does from key 0.
   state = state.replace(trained=state.trained | {"model": net.init(jax.random.key(0))["params"]})
-  for number in range(3):
+  # Adam makes much of rounding where gradients are zero but for it: biases of keys.
+  for number, tolerance in enumerate((1e-4, 2e-3, 4e-3)):
     state, metrics = step(state, batch, number)
-    assert peer.step(drawn.terms(number)) == pytest.approx(float(metrics["loss"]), abs=[1e-4, 2e-3, 4e-3][number])
+    assert peer.step(drawn.terms(number)) == pytest.approx(float(metrics["loss"]), abs=tolerance)
 
 
 @pytest.mark.parametrize("model, space, optim, message", [
   (MODEL.clone(drop_path=0.1), SPACE, OPTIM, "drop_path=0.1"),
   (MODEL, SPACE, OPTIM | dict(name="sgd"), "config.optim.name: got sgd, allowed: adamw"),
-  (MODEL, Space(mlp=(8, 24), groups={"mlp": 2}), OPTIM, "config.space.groups: got {'mlp': 2}, allowed: none")])
+  (MODEL, Space(mlp=(8, 24), groups={"mlp": 2}), OPTIM, "space.groups: got {'mlp': 2}, allowed: none")])
 def test_what_the_peer_lacks_is_said(torch_vit, model, space, optim, message):
   with pytest.raises(errors.UserError, match=message):
     torch_vit.Peer(Supernet(model, space, INPUT), optim, put_batch(BATCH, make_mesh({"data": 1})))
