@@ -1,175 +1,225 @@
-"""What slicing costs: steps of slices and of joint training against stand-alone networks.
+"""What nesting costs: steps of slices and of one program for all against stand-alone networks.
 
-Contenders of a pair run one after the other, and which goes first alternates, so that what else
-the machine does meets both alike; ratios are taken pair by pair.
+All networks learn from labels by `classification` with the config's optimizer; what a recipe's
+students learn of a teacher is added in the sandwich step alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import os
-import pathlib
-import platform
-import sys
-import time
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nestnet import build, evaluation, report
-from nestnet.data import Batches
-from nestnet.errors import UserError
-from nestnet.files import atomic_write
-from nestnet.jobs import cores
-from nestnet.recipes import recipe
-from nestnet.sampling import FIXED_LIMIT, Sampler, Term, sampler
-from nestnet.sharding import put_batch
-from nestnet.space import volume
-from nestnet.steps import Step
+from nestnet import cost, evaluation
+from nestnet.bench_bed import Bed, stepper, with_sampler
+from nestnet.errors import UserError, one_of
+from nestnet.one_program import stacks
+from nestnet.sampling import Sampler, Term, sampler
+from nestnet.space import Space
+from nestnet.steps import Step, TrainState
+from nestnet.subnet import Subnet
+from nestnet.timing import Call, compilations, hardware, matmul_peak, median_ms, ratio
 
-BAR = 1.05
-LEAST_MS = 50.0
-_WARM_UP = 3
-
-Call = Callable[[], Any]
+SANDWICHES = 3
+PEERS = ("torch",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-  """Two contenders, measured in interleaved pairs.
+def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20, only: Sequence[str] = (),
+          peer: str = "") -> dict[str, Any]:
+  """Measures what is asked for; each ratio over interleaved pairs in this process.
 
-  Attributes:
-    base_ms: Median time of the second, in milliseconds.
-    own_ms: Median time of the first.
-    median: Median over pairs of first / second.
-    lower: First quartile of that ratio.
-    upper: Third quartile.
-  """
-
-  base_ms: float
-  own_ms: float
-  median: float
-  lower: float
-  upper: float
-
-
-def ratio(own: Call, base: Call | Sequence[Call], pairs: int, clock: Callable[[], float] =
-          time.perf_counter) -> Ratio:
-  """Measures `own` against `base` (the sum of several calls), pair by pair.
+  A slice's step, or a member's in one program, is a gradient program and an update program, as random
+  samplers run it. The stand-alone network's is one program. Its recipe does not matter, nor does
+  that of the config.
 
   Args:
-    own: A call that returns only when its work is done.
-    base: The same, one or several.
-    pairs: How many pairs; the first of each pair alternates.
-    clock: Seconds.
-
-  Example:
-    >>> ratio(lambda: None, lambda: time.sleep(0.001), pairs=3).median < 1
-    True
-  """
-  if pairs < 1:
-    raise UserError(f"pairs: got {pairs}, allowed is at least 1")
-  bases = [base] if callable(base) else list(base)
-
-  def timed(calls):
-    began = clock()
-    for call in calls:
-      call()
-    return 1e3 * (clock() - began)
-
-  for call in (own, *bases) * _WARM_UP:
-    call()
-  times = []
-  for pair in range(pairs):
-    both = {name: timed(calls) for name, calls in itertools.islice(
-      itertools.cycle((("own", [own]), ("base", bases))), pair % 2, pair % 2 + 2)}
-    times.append((both["own"], both["base"]))
-  owns, others = np.array(times).T
-  lower, median, upper = np.percentile(owns / others, (25, 50, 75)).tolist()
-  return Ratio(float(np.median(others)), float(np.median(owns)), median, lower, upper)
-
-
-def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20) -> dict[str, Any]:
-  """Measures every member of the pool (of the space, where it has none and is small).
-
-  A slice's step is a gradient program and an update program, as random samplers run it. The
-  stand-alone network's is one program, and so is the joint step of up to 8 members; that of more is
-  a gradient program for each and an update program, as `Step` runs it.
-
-  Args:
-    config: As `build.build` takes it; the recipe does not matter: all learn from labels alone, by
-      `classification`.
+    config: As `build.build` takes it.
     batch_size: In images; by default the config's, doubled until the smallest network's step takes
       50 ms.
     pairs: Pairs for each ratio.
+    only: Names of `PARTS`; all by default.
+    peer: `"torch"`: also against eager PyTorch (`nestnet.peers.torch_vit`).
 
   Returns:
-    `hardware`, `batch_size`, `pairs`, `bar`, `slices` (a list of `subnet`, `params` and the fields
-    of `Ratio`, and the time of the update of all the supernet's weights) and `joint`.
+    `hardware`, `batch_size`, `pairs`, an entry for each part, and `verdicts`: a list of `what`,
+    `value` and `bar`.
+
+  Raises:
+    ValueError: An unknown part or peer, a model that the peer has not, or PyTorch is missing.
   """
-  config = build.plain(config) | {"phases": [], "recipe": recipe("truncate")}
-  run = build.build(config)
-  space = run.supernet.space
-  if not space.pool and space.size > FIXED_LIMIT:
-    raise UserError(f"the space has {space.size} members and no pool; name what to measure in "
-                    "space.pool")
-  members = sorted(space.pool or space, key=volume)
-  alone = {member: build.build(config | {"recipe": recipe("separate", subnet=str(member))})
-           for member in members}
-  chosen = bool(batch_size)
-  batch_size = batch_size or config["train"]["batch_size"]
-  while True:
-    batch = put_batch(Batches(run.dataset, "train", batch_size)[0], run.step.mesh)
-    if chosen or _median_ms(_stepper(alone[members[0]].step, batch)) >= LEAST_MS:
-      break
-    batch_size *= 2
-  bases = {member: _stepper(alone[member].step, batch) for member in members}
-  update = _median_ms(_updater(run.step))
-  slices = []
-  for member in members:
-    one = (Term((member,)),)
-    found = ratio(_stepper(_with(run, Sampler(lambda step, one=one: one)), batch), bases[member], pairs)
-    slices.append({"subnet": str(member), **evaluation.costs(run.supernet, member),
-                   **dataclasses.asdict(found), "update_ms": update,
-                   "own_update_ms": _median_ms(_updater(alone[member].step))})
-  names = [str(member) for member in members]
-  joint = _stepper(_with(run, sampler("joint", space, members=names)), batch)
-  together = {"members": names, **dataclasses.asdict(ratio(joint, list(bases.values()), pairs))}
-  return {"hardware": hardware(), "batch_size": batch_size, "pairs": pairs, "bar": BAR, "slices": slices,
-          "joint": together}
+  for name in only:
+    if name not in PARTS:
+      raise one_of("part of the bench", name, PARTS)
+  make_peer = _peer(peer) if peer else None
+  bed = Bed(config, batch_size, pairs)
+  if not stacks(bed.run.supernet.axes["params"]) and not only:
+    only = ("slices", "utilisation")
+  against = make_peer(bed.run.supernet, bed.config["optim"], bed.batch) if make_peer else None
+  parts = dict(PARTS) | ({"peer": functools.partial(compare_peer, peer=against)} if peer else {})
+  found = {"hardware": hardware(), "batch_size": bed.batch_size, "pairs": pairs} | {
+    name: part(bed) for name, part in parts.items() if name in (only or PARTS) or name == "peer"}
+  return found | {"verdicts": verdicts(found)}
 
 
-def _with(run: build.Run, chosen: Sampler) -> Step:
-  """The run's step with another sampler."""
-  step = run.step
-  recipe = dataclasses.replace(step.recipe, sampler=chosen)
-  return Step(step.supernet, recipe, lambda mask: step.tx, step.mesh)
+def slices(bed: Bed) -> dict[str, Any]:
+  """Each listed member as a slice, and all of them jointly, against stand-alone networks.
+
+  The joint step is one program where the members are at most 8, else a gradient program for each.
+  """
+  bases = {member: bed.base(member) for member in bed.listed}
+  trainer, rows = bed.trainer("slice"), []
+  update = median_ms(_updater(bed.run.step, bed.state()))
+  for member, base in bases.items():
+    found = ratio(trainer.of(Term((member,))), base, bed.pairs)
+    rows.append(_row(bed, member) | dataclasses.asdict(found) | {
+      "update_ms": update, "own_update_ms": median_ms(_updater(bed.alone(member), bed.state(member)))})
+  names = [str(member) for member in bed.listed]
+  together = sampler("joint", bed.run.supernet.space, members=names)
+  joint = stepper(with_sampler(bed.run.step, together, "slice"), bed.state(), bed.batch)
+  found = ratio(joint, list(bases.values()), bed.pairs)
+  return {"members": rows, "joint": {"members": names, **dataclasses.asdict(found)}}
 
 
-def _stepper(step: Step, batch: dict[str, Any]) -> Call:
-  """A call that makes one training step and waits for its end."""
-  state = step.init()
-  numbers = itertools.count()
+def one_program(bed: Bed) -> list[dict[str, Any]]:
+  """Members over the range of cost, each by the one program, against the faster network alone."""
+  trainer, rows = bed.trainer("one_program"), []
+  for member in bed.spread:
+    own = trainer.of(Term((member,)))
+    (fast, base), *slower = bed.bases(member).items()
+    found = ratio(own, base, bed.pairs)
+    against = {fast: found.median} | {
+      variant: ratio(own, slow, -(-bed.pairs // 4)).median for variant, slow in slower}
+    rows.append(_row(bed, member) | dataclasses.asdict(found) | {"against": against})
+  return rows
 
-  def call():
-    nonlocal state
-    state, metrics = step(state, batch, next(numbers))
-    jax.block_until_ready((state, metrics))
 
-  return call
+def sandwich(bed: Bed) -> list[dict[str, Any]]:
+  """Largest, smallest and two random members, taught in place, in one program, against four steps."""
+  trainer, rows = bed.trainer("one_program"), []
+  for terms in sandwiches(bed.run.supernet.space):
+    members = [term.candidates[0] for term in terms]
+    found = ratio(trainer.of(*terms), [bed.faster(member) for member in members], bed.pairs)
+    rows.append({"members": list(map(str, members))} | dataclasses.asdict(found))
+  return rows
 
 
-def _updater(step: Step) -> Call:
+def sandwiches(space: Space) -> list[tuple[Term, ...]]:
+  """The terms of the first few steps of the sandwich rule."""
+  return [sampler("sandwich", space).terms(step) for step in range(SANDWICHES)]
+
+
+def compilation(bed: Bed) -> dict[str, dict[str, Any]]:
+  """What training the members takes to compile, until each has made a step, by execution."""
+  found = {}
+  for execution in ("slice", "one_program"):
+    trainer = bed.fresh_trainer(execution)
+    with compilations() as compiled:
+      for member in bed.spread:
+        trainer.of(Term((member,)))()
+    found[execution] = {"members": len(bed.spread), "programs": len(compiled.programs),
+                        "seconds": compiled.seconds}
+  return found
+
+
+def memory(bed: Bed) -> dict[str, Any]:
+  """Bytes that the gradient program of the largest member holds at its peak, by execution.
+
+  Arguments, results and temporary buffers, as XLA plans them for a device.
+  """
+  largest, found = bed.run.supernet.space.largest, {}
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), bed.batch)
+  for execution in ("slice", "one_program"):
+    def measure(program, *arguments, execution=execution):
+      lowered = program.lower(*arguments)
+      if program.kind == "gradient":
+        plan = lowered.compile().memory_analysis()
+        found[execution] = (plan.argument_size_in_bytes + plan.output_size_in_bytes
+                            + plan.temp_size_in_bytes - plan.alias_size_in_bytes)
+      return lowered.out_info
+
+    step = with_sampler(bed.run.step, Sampler(lambda number: ()), execution)
+    step.programs((Term((largest,)),), batch, measure)
+  return {"member": str(largest)} | found
+
+
+def utilisation(bed: Bed) -> dict[str, Any]:
+  """FLOPs a second of the largest member's step, against those of a large matrix product.
+
+  FLOPs of its forward pass and derivative; what is computed twice counts once.
+  """
+  supernet = bed.run.supernet
+  model, largest = supernet.model, supernet.space.largest
+  if hasattr(model, "remat"):
+    model = model.clone(remat=False)
+  flops = cost.flops(model, *supernet.inputs, train=True) * bed.batch_size
+  dtype = jnp.dtype(getattr(model, "dtype", None) or jnp.float32)
+  took = {"alone": median_ms(bed.faster(largest))}
+  if stacks(supernet.axes["params"]):
+    took["one_program"] = median_ms(bed.trainer("one_program").of(Term((largest,))))
+  peak = matmul_peak(dtype) * bed.run.step.mesh.size
+  return {"member": str(largest), "dtype": dtype.name, "peak_flops": peak, "step_flops": flops} | {
+    name: {"ms": ms, "flops": 1e3 * flops / ms, "share": 1e3 * flops / ms / peak}
+    for name, ms in took.items()}
+
+
+def compare_peer(bed: Bed, peer: Any) -> dict[str, Any]:
+  """One program against the peer's step: smallest, middle and largest member, and sandwich steps."""
+  trainer, rows = bed.trainer("one_program"), []
+  peer.choose_threads()
+  few = dict.fromkeys(bed.spread[i] for i in (0, len(bed.spread) // 2, -1))
+  steps = [(Term((member,)),) for member in few] + sandwiches(bed.run.supernet.space)[:1]
+  for terms in steps:
+    found = ratio(trainer.of(*terms), functools.partial(peer.step, terms), bed.pairs)
+    rows.append({"members": [str(t.candidates[0]) for t in terms]} | dataclasses.asdict(found))
+  return {"name": peer.name, "steps": rows}
+
+
+def _peer(name: str) -> Callable[..., Any]:
+  if name not in PEERS:
+    raise one_of("peer", name, PEERS)
+  try:
+    from nestnet.peers import torch_vit
+  except ModuleNotFoundError as error:
+    if error.name != "torch":
+      raise
+    raise UserError("--peer=torch needs PyTorch, which is not here: pip install torch==2.13.0") from None
+  return torch_vit.Peer
+
+
+PARTS: dict[str, Callable[[Bed], Any]] = {
+  "slices": slices, "one_program": one_program, "sandwich": sandwich, "compilation": compilation,
+  "memory": memory, "utilisation": utilisation}
+
+
+def verdicts(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """What was found beside the bars that it should stay under."""
+  rows: list[tuple[str, float, float]] = []
+  if "slices" in found:
+    part = found["slices"]
+    rows += [("slice / stand-alone, highest median", max(row["median"] for row in part["members"]), 1.05),
+             ("joint / sum, median", part["joint"]["median"], 1.05)]
+  if "one_program" in found:
+    medians = [row["median"] for row in found["one_program"]]
+    rows += [(f"one program / stand-alone, median of {len(medians)}", float(np.median(medians)), 1.15),
+             ("one program / stand-alone, highest", max(medians), 1.3)]
+  if "sandwich" in found:
+    rows.append(("sandwich / sum, highest", max(row["median"] for row in found["sandwich"]), 1.1))
+  if "memory" in found:
+    rows.append(("peak memory, one program / slice",
+                 found["memory"]["one_program"] / found["memory"]["slice"], 1.2))
+  return [dict(zip(("what", "value", "bar"), row)) for row in rows]
+
+
+def _updater(step: Step, state: TrainState) -> Call:
   """A call that makes the optimizer's update alone."""
-  state = step.init()
   trained, opt_state = state.trained, state.opt_state
-  grads = jax.tree.map(jax.numpy.zeros_like, trained)
+  grads = jax.tree.map(np.zeros_like, jax.device_get(trained))
 
   def update(trained, opt_state, grads):
     updates, opt_state = step.tx.update(grads, opt_state, trained)
@@ -184,52 +234,5 @@ def _updater(step: Step) -> Call:
   return call
 
 
-def _median_ms(call: Call) -> float:
-  for _ in range(_WARM_UP):
-    call()
-  times = []
-  for _ in range(7):
-    began = time.perf_counter()
-    call()
-    times.append(1e3 * (time.perf_counter() - began))
-  return float(np.median(times))
-
-
-def table(found: Mapping[str, Any]) -> str:
-  """What `bench` found, as text for the terminal."""
-  header = ("subnet", "params", "alone ms", "slice ms", "ratio [quartiles]", "update ms: alone, slice")
-  lines = [header]
-  for row in found["slices"]:
-    lines.append((row["subnet"], report.human(row["params"]), *_cells(row),
-                  f"{row['own_update_ms']:.2f}, {row['update_ms']:.2f}"))
-  lines.append((f"joint, all {len(found['joint']['members'])}", "", *_cells(found["joint"]), ""))
-  bar = found["bar"]
-  medians = (("slice / stand-alone, highest median", max(row["median"] for row in found["slices"])),
-             ("joint / sum, median", found["joint"]["median"]))
-  return "\n".join([
-    report.aligned(lines), "",
-    f"batch {found['batch_size']}, {found['pairs']} interleaved pairs, {found['hardware']}",
-    *(f"{what}: {value:.3f}, bar {bar}: {'met' if value <= bar else 'NOT met'}"
-      for what, value in medians)])
-
-
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-  return (f"{row['base_ms']:.1f}", f"{row['own_ms']:.1f}",
-          f"{row['median']:.3f} [{row['lower']:.3f}, {row['upper']:.3f}]")
-
-
-def write(path: str | os.PathLike[str], found: Mapping[str, Any]) -> None:
-  """Replaces a JSON file of what `bench` found."""
-  atomic_write(path, json.dumps(found, indent=1) + "\n")
-
-
-def hardware() -> str:
-  """One line about where numbers were measured: processor, cores, versions."""
-  info = pathlib.Path("/proc/cpuinfo")
-  models = [line.partition(":")[2].strip() for line in info.read_text().splitlines()
-            if line.startswith("model name")] if info.exists() else []
-  processor = models[0] if models else platform.processor() or platform.machine()
-  devices = "" if jax.default_backend() == "cpu" else (
-    f", {jax.device_count()} x {jax.devices()[0].device_kind}")
-  return (f"{processor}, {len(cores())} cores{devices}; Python {'.'.join(map(str, sys.version_info[:3]))}, "
-          f"jax {jax.__version__}, flax {flax.__version__}")
+def _row(bed: Bed, member: Subnet) -> dict[str, Any]:
+  return {"subnet": str(member), **evaluation.costs(bed.run.supernet, member)}

@@ -93,8 +93,9 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
       raise UserError(f"config.data.{key}: got {data[key]}, allowed is {there}, as the images of "
                       f"{data['name']} have it")
   here = make_mesh(mesh or config["mesh"])
-  # Written out: whoever opens the run on another mesh knows how many data shards drew.
-  config["mesh"] = config["mesh"] if mesh else dict(here.shape)
+  if mesh is None:
+    # What -1 stood for is written out: who opens the run elsewhere knows how many data shards drew.
+    config["mesh"] = {axis: here.shape[axis] for axis in config["mesh"]}
   phases = _phases(config, dataset, here)
   return Run(config, dataset, _batches(config, dataset, here), phases)
 
@@ -191,7 +192,7 @@ def _stretches(phases: Sequence[Mapping]) -> list[tuple[int, int, bool]]:
 def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, steps: int) -> Step:
   supernet = _supernet(config, dataset)
   recipe, optim, seed = config["recipe"], dict(config["optim"]), config.get("seed", 0)
-  shards = config["mesh"]["data"] if config["train"].get("per_shard_subnets") else 1
+  shards = config["mesh"].get("data", 1) if config["train"].get("per_shard_subnets") else 1
   made = Recipe(
     _sampler(recipe["sampler"], supernet.space, seed, shards), objective(**recipe["objective"]),
     **{k: recipe[k] for k in ("teacher", "ema", "select", "untouched") if k in recipe})

@@ -18,12 +18,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from nestnet import build, charts, cli, evaluation, report, runs
-from nestnet.bench import hardware
 from nestnet.errors import UserError, one_of
 from nestnet.files import atomic_write
 from nestnet.jobs import BASELINE, Task, train_all
 from nestnet.sampling import FIXED_LIMIT
 from nestnet.subnet import Subnet
+from nestnet.timing import hardware
 
 BUDGETS = ("equal steps", "equal FLOPs")
 _SHARED = ("model", "space", "data", "train.steps", "train.batch_size")

@@ -50,6 +50,13 @@ class Program:
   computes: Callable[..., Any]
   taught: bool = False
 
+  def lower(self, *arguments: Any) -> jax.stages.Lowered:
+    """What `call` would compile for these arguments; abstract ones are enough."""
+    call, own = self.call, ()
+    if isinstance(call, functools.partial):
+      call, own = call.func, call.args
+    return call.lower(*own, *arguments)
+
 
 class Gradients:
   """Compiled gradients and losses of the members of a supernet.

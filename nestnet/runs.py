@@ -108,7 +108,8 @@ def _settled(config: Mapping[str, Any], workdir: pathlib.Path, made: Sequence[in
                     f"({', '.join(MAY_DIFFER)} may differ)")
   training.check_length(made, config["train"]["steps"], workdir)
   if differing:
-    (workdir / "done").unlink(missing_ok=True)
+    if "train.steps" in differing:
+      (workdir / "done").unlink(missing_ok=True)
     atomic_write(path, _dump({"config": config, "changes": [*saved["changes"], differing]}))
   return (workdir / "done").exists()
 

@@ -16,6 +16,7 @@ import pytest
 from absl import app, flags
 
 from nestnet import extraction
+from nestnet.data import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = '''
@@ -36,6 +37,12 @@ def get_config():
   config.mesh = dict(data=1)
   return config
 '''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits(prepared_data):
+  """Prepared beforehand: the first who asks for them is told so, on a line of its own."""
+  load("digits")
 
 
 @pytest.fixture

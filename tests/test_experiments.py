@@ -181,10 +181,10 @@ def test_a_run_goes_on_on_another_mesh_and_is_extracted_to_one_device(tmp_path):
   before = runs.opened(workdir)[2].trained
   assert runs.train(meshed(3, data=2, fsdp=-1), workdir, show_progress=False)
   run, step, state = runs.opened(workdir)
-  assert step == 3 and run.config["mesh"] == {"data": 2, "fsdp": 4, "model": 1}
+  assert step == 3 and run.config["mesh"] == {"data": 2, "fsdp": 4}
   assert run.step.mesh.size == 1 and run.step.recipe.sampler.shards == 2
   saved = json.loads((workdir / "config.json").read_text())["changes"]
-  assert saved == [{"mesh.fsdp": [2, 4], "mesh.model": [2, 1], "train.steps": [2, 3]}]
+  assert saved == [{"mesh.fsdp": [2, 4], "mesh.model": [2, None], "train.steps": [2, 3]}]
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), before["model"], state.trained["model"])
   assert all(jax.tree.leaves(moved))
   rows = {row["subnet"]: row for row in json.loads((workdir / "subnets.json").read_text())}

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from nestnet import errors, processes, report, runs, sharding, supervision
+from nestnet import errors, processes, report, runs, supervision
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
@@ -188,7 +188,7 @@ def test_two_processes_compute_what_one_does(folder):
   assert ends(jobs) == [0, 0]
   for index, met in enumerate(json.loads((folder / "met.json").read_text())):
     larger, smaller, fitting = met.pop("meshes")
-    assert larger == "mesh {'data': 4} needs 4 devices, 2 are here in 2 processes"
+    assert larger == "mesh {'data': 4, 'fsdp': 1, 'model': 1} needs 4 devices, 2 are here in 2 processes"
     assert "it needs 1, 2 are here in 2 processes; allowed with several processes is all of them" in smaller
     assert fitting is None
     assert met == {
@@ -264,8 +264,6 @@ def test_a_parent_answers_for_its_child(text, code, message):
 def test_a_process_alone_agrees_with_itself():
   processes.agree(lambda: pytest.fail("asked"), "nothing to compare")
   assert processes.led(lambda: [1, "x"]) == [1, "x"]
-  tree = {"a": jax.numpy.ones(2)}
-  assert sharding.local(tree) is tree
 
 
 def reached(workdir):

@@ -75,7 +75,7 @@ def collectives(step, member):
   def compiled(program, *arguments):
     outputs = jax.eval_shape(program.computes, *arguments)
     if program.kind == "gradient":
-      for c in hlo.work(program.call.lower(*arguments).compile().as_text()).collectives:
+      for c in hlo.work(program.lower(*arguments).compile().as_text()).collectives:
         found[c.kind] += (c.count, c.count * c.bytes)
     return outputs
 
