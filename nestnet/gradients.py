@@ -75,6 +75,8 @@ class Gradients:
     self.supernet, self.objective, self.axes, self.mesh = supernet, objective, axes, mesh
     self._layered = OneProgram(supernet, mesh)
     self.one = self._layered if as_data else None
+    if as_data:
+      self.one.check()
     self._loss = functools.lru_cache(maxsize=None)(
       lambda regularised, *subnet: jax.jit(functools.partial(self._losses, regularised, *subnet)))
     self._added = functools.lru_cache(maxsize=None)(

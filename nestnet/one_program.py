@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestnet.axes import Axes, flat, is_axes
+from nestnet.errors import UserError
 from nestnet.execution import Runnable, Supernet
-from nestnet.models.switch import Layers
+from nestnet.models.switch import CHOICE, Layers
 from nestnet.sharding import gatherer
 from nestnet.slicing import take
 from nestnet.subnet import OneOf, Subnet, depth_of, is_depth, kept_count, kept_ids
@@ -45,6 +46,18 @@ class OneProgram:
     self.outer = tuple(a for a in space.axes if a not in self.inner and a not in depths)
     self.widths = space.combinations(self.outer)
     self.lengths = {path: _length(supernet.shapes["params"], path) for path in self.stacks}
+
+  def check(self) -> None:
+    """Raises `ValueError` where the model does not leave its layers' sizes to the stack."""
+    vector, supernet = self.vector(self.supernet.space.smallest), self.supernet
+    one = self._branch(self.widths[vector[0]], _nested(self._entries(vector[1:])))
+    apply = lambda variables, *inputs: one.module.apply({**one.cut(variables), CHOICE: one.choice}, *inputs)
+    try:
+      jax.eval_shape(apply, supernet.shapes, *supernet.inputs)
+    except TypeError as error:
+      raise UserError(
+        f"{type(supernet.model).__name__} cannot run as one program: {error}. Its layers' sizes must "
+        "reach their modules through stack(sizes=...); allowed as it is: train.execution=slice") from error
 
   def vector(self, subnet: Subnet) -> np.ndarray:
     """A member as int32 `[entries]`: its outer sizes, then for each layer what it is."""
@@ -78,16 +91,19 @@ class OneProgram:
     choice = _nested(self._entries(vector[1:]))
 
     def branch(width):
-      subnet = Subnet(**width)
-      inner = {axis: OneOf(axis, self.choices(axis, width)) for axis in self.inner}
-      module = self._module(width, inner, {d: self.lengths[path] for path, d in self.stacks.items()})
-      cut = functools.partial(self._cut, subnet=subnet)
-      return lambda choice, *operands: run(Runnable(subnet, cut, module, choice), *operands)
+      return lambda choice, *operands: run(self._branch(width, choice), *operands)
 
     branches = [branch(width) for width in self.widths]
     if len(branches) == 1:
       return branches[0](choice, *operands)
     return jax.lax.switch(vector[0], branches, choice, *operands)
+
+  def _branch(self, width, choice) -> Runnable:
+    """The members of some outer sizes."""
+    inner = {axis: OneOf(axis, self.choices(axis, width)) for axis in self.inner}
+    module = self._module(width, inner, {d: self.lengths[path] for path, d in self.stacks.items()})
+    subnet = Subnet(**width)
+    return Runnable(subnet, functools.partial(self._cut, subnet=subnet), module, choice)
 
   def only(self, subnet: Subnet) -> Runnable:
     """One member as a program of its own, its layers cut one by one."""
