@@ -110,21 +110,23 @@ class Gradients:
     return self._program("gradient", member, term.taught, self._added, add, term.regularised, gives)
 
   def _program(self, kind, member, taught, compiled, function, *options):
+    """The program for a member: `compiled(*options, member)`, or that of all, given its vector."""
     members = member if isinstance(member, tuple) else (member,)
     # A teacher is the largest: a program of its own runs it at the cost of the network alone.
     teaches = options[1:] == (True,) and member == self.supernet.space.largest
     if teaches or (self.one is None and isinstance(member, Subnet)):
       return Program(kind, members, compiled(*options, member), functools.partial(function, member), taught)
+
     def computes(*operands):
-      # Each on its share of the batch, as one program runs it.
+      """Each member on its share of the batch, cut as one program cuts it."""
       *before, batch, seen = operands[:5]
       count = jax.tree.leaves(batch)[0].shape[0] // len(members)
       share = lambda tree: jax.tree.map(lambda x: x[:count] if x.ndim else x, tree)
       return [function(self._layered.only(m), *before, share(batch), share(seen), *operands[5:])
               for m in members]
 
-    return Program(kind, members, functools.partial(compiled(*options), self._vectors(member)), computes,
-                   taught)
+    call = functools.partial(compiled(*options), self._vectors(member))
+    return Program(kind, members, call, computes, taught)
 
   def _vectors(self, member):
     if isinstance(member, Subnet):
@@ -180,8 +182,13 @@ class Gradients:
       small = jax.eval_shape(lambda t: take(t, self.axes, who, groups, strict=False), trained)
       ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), small)
       return jax.tree.map(lambda x: x > 0, scatter(ones, self.axes, who, trained, groups))
-    masks = [mask(trained, self.axes, self.one.sizes(v), groups) for v in jnp.atleast_2d(who)]
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.logical_or, a, b), masks)
+
+    def or_used(used, vector):
+      own = mask(trained, self.axes, self.one.sizes(vector), groups)
+      return jax.tree.map(jnp.logical_or, used, own), None
+
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), trained)
+    return jax.lax.scan(or_used, none, jnp.atleast_2d(who))[0]
 
   def _losses(self, regularised, who, *operands):
     def loss(runnable, *operands):
