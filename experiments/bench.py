@@ -4,6 +4,7 @@ python -m experiments.bench --config=configs/digits_vit.py
 """
 
 import os
+import sys
 
 from absl import flags
 
@@ -25,7 +26,8 @@ def main(argv):
     # By default JAX takes most of a GPU's memory for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   from nestnet import bench, bench_table
-  found = bench.bench(CONFIG.value, BATCH.value, PAIRS.value, ONLY.value, PEER.value)
+  found = bench.bench(CONFIG.value, BATCH.value, PAIRS.value, ONLY.value, PEER.value,
+                      say=lambda line: print(line, file=sys.stderr, flush=True))
   print(bench_table.table(found))
   if JSON.value:
     bench_table.write(JSON.value, found)

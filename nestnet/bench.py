@@ -31,7 +31,7 @@ PEERS = ("torch",)
 
 
 def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20, only: Sequence[str] = (),
-          peer: str = "") -> dict[str, Any]:
+          peer: str = "", say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
   """Measures what is asked for; each ratio over interleaved pairs in this process.
 
   A slice's step, or a member's in one program, is a gradient program and an update program, as random
@@ -45,6 +45,7 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20, only:
     pairs: Pairs for each ratio.
     only: Names of `PARTS`; all by default.
     peer: `"torch"`: also against eager PyTorch (`nestnet.peers.torch_vit`).
+    say: Called with a line about what is measured next.
 
   Returns:
     `hardware`, `batch_size`, `pairs`, an entry for each part, and `verdicts`: a list of `what`,
@@ -57,7 +58,7 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20, only:
     if name not in PARTS:
       raise one_of("part of the bench", name, PARTS)
   make_peer = _peer(peer) if peer else None
-  bed = Bed(config, batch_size, pairs)
+  bed = Bed(config, batch_size, pairs, say)
   if not stacks(bed.run.supernet.axes["params"]) and not only:
     only = ("slices", "utilisation")
   against = make_peer(bed.run.supernet, bed.config["optim"], bed.batch) if make_peer else None
@@ -76,6 +77,7 @@ def slices(bed: Bed) -> dict[str, Any]:
   trainer, rows = bed.trainer("slice"), []
   update = median_ms(_updater(bed.run.step, bed.state()))
   for member, base in bases.items():
+    bed.say(f"slice: {member}")
     found = ratio(trainer.of(Term((member,))), base, bed.pairs)
     rows.append(_row(bed, member) | dataclasses.asdict(found) | {
       "update_ms": update, "own_update_ms": median_ms(_updater(bed.alone(member), bed.state(member)))})
@@ -90,6 +92,7 @@ def one_program(bed: Bed) -> list[dict[str, Any]]:
   """Members over the range of cost, each by the one program, against the faster network alone."""
   trainer, rows = bed.trainer("one_program"), []
   for member in bed.spread:
+    bed.say(f"one program: {member}")
     own = trainer.of(Term((member,)))
     (fast, base), *slower = bed.bases(member).items()
     found = ratio(own, base, bed.pairs)
@@ -102,7 +105,8 @@ def one_program(bed: Bed) -> list[dict[str, Any]]:
 def sandwich(bed: Bed) -> list[dict[str, Any]]:
   """Largest, smallest and two random members, taught in place, in one program, against four steps."""
   trainer, rows = bed.trainer("one_program"), []
-  for terms in sandwiches(bed.run.supernet.space):
+  for number, terms in enumerate(sandwiches(bed.run.supernet.space), 1):
+    bed.say(f"sandwich: draw {number} of {SANDWICHES}")
     members = [term.candidates[0] for term in terms]
     found = ratio(trainer.of(*terms), [bed.faster(member) for member in members], bed.pairs)
     rows.append({"members": list(map(str, members))} | dataclasses.asdict(found))
@@ -118,6 +122,7 @@ def compilation(bed: Bed) -> dict[str, dict[str, Any]]:
   """What training the members takes to compile, until each has made a step, by execution."""
   found = {}
   for execution in ("slice", "one_program"):
+    bed.say(f"compilation: {execution}")
     trainer = bed.fresh_trainer(execution)
     with compilations() as compiled:
       for member in bed.spread:
@@ -132,6 +137,7 @@ def memory(bed: Bed) -> dict[str, Any]:
 
   Arguments, results and temporary buffers, as XLA plans them for a device.
   """
+  bed.say("memory")
   largest, found = bed.run.supernet.space.largest, {}
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), bed.batch)
   for execution in ("slice", "one_program"):
@@ -153,6 +159,7 @@ def utilisation(bed: Bed) -> dict[str, Any]:
 
   FLOPs of its forward pass and derivative; what is computed twice counts once.
   """
+  bed.say("utilisation")
   supernet = bed.run.supernet
   model, largest = supernet.model, supernet.space.largest
   if hasattr(model, "remat"):
@@ -174,7 +181,8 @@ def compare_peer(bed: Bed, peer: Any) -> dict[str, Any]:
   peer.choose_threads()
   few = dict.fromkeys(bed.spread[i] for i in (0, len(bed.spread) // 2, -1))
   steps = [(Term((member,)),) for member in few] + sandwiches(bed.run.supernet.space)[:1]
-  for terms in steps:
+  for number, terms in enumerate(steps, 1):
+    bed.say(f"peer: step {number} of {len(steps)}")
     found = ratio(trainer.of(*terms), functools.partial(peer.step, terms), bed.pairs)
     rows.append({"members": [str(t.candidates[0]) for t in terms]} | dataclasses.asdict(found))
   return {"name": peer.name, "steps": rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ class Bed:
     config: As `build.build` takes it.
     batch_size: In images; 0: the config's, doubled until the smallest network's step takes 50 ms.
     pairs: Pairs for each ratio.
+    say: Called with a line about what is measured next.
 
   Attributes:
     run: The supernet without its pool, trained on labels alone.
@@ -41,7 +42,8 @@ class Bed:
     spread: 20 members over the range of cost, or all where they are fewer.
   """
 
-  def __init__(self, config: Mapping[str, Any], batch_size: int, pairs: int):
+  def __init__(self, config: Mapping[str, Any], batch_size: int, pairs: int,
+               say: Callable[[str], None] = lambda line: None):
     if pairs < 1:
       raise UserError(f"pairs: got {pairs}, allowed is at least 1")
     if batch_size < 0:
@@ -49,7 +51,7 @@ class Bed:
     config = build.plain(config)
     pool = config["space"].pop("pool", None) or () if "space" in config else ()
     self.config = config | {"phases": [], "recipe": recipe("truncate")}
-    self.pairs, self.run = pairs, build.build(self.config)
+    self.pairs, self.run, self.say = pairs, build.build(self.config), say
     # Kept on the host: compiling an initialisation takes as long as compiling a step.
     self._initial = jax.device_get(self.run.step.init())
     self._fastest: dict[Subnet, str] = {}
