@@ -108,7 +108,7 @@ def test_members_are_spread_over_the_range_of_cost():
 
 
 def test_verdicts_name_the_worst():
-  rows = [dict(median=1.0), dict(median=1.2), dict(median=1.4)]
+  rows = [dict(median=m, against=dict(plain=m, remat=m - 0.1)) for m in (1.0, 1.2, 1.4)]
   found = bench.verdicts(dict(one_program=rows, sandwich=rows, memory=dict(slice=10, one_program=11)))
   assert [(row["value"], row["bar"]) for row in found] == [(1.2, 1.15), (1.4, 1.3), (1.4, 1.1), (1.1, 1.2)]
 
