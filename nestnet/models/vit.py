@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nestnet.axes import axes
 from nestnet.errors import UserError, one_of
-from nestnet.models.layers import Linear, layer_norm
+from nestnet.models.layers import Linear, attention, layer_norm
 from nestnet.models.stack import constant, stack
 from nestnet.subnet import Size
 
@@ -153,7 +153,7 @@ class Attention(nn.Module):
     # Heads lead, so that a mesh which shards them shards the projection's columns.
     qkv = Linear(
       "embed -> heads 3 head_dim", (self.heads, 3, self.head_dim), name="qkv", **dtypes)(y)
-    y = jax.nn.dot_product_attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
+    y = attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
     y = Linear("heads head_dim -> embed", x.shape[-1:], name="out", **dtypes)(y)
     return x + residual(self, y, constants, self.dropout, train)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from nestnet.models.layers import Linear
+from nestnet.models.layers import Linear, attention
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -30,3 +30,11 @@ def test_derivatives_of_weights_are_summed_in_the_weights_type(use_bias):
   wide = lambda a: a.astype(jnp.float32)
   expected = jax.vjp(lambda x: plain.apply({"params": params}, x), wide(x))[1](wide(ct))[0]
   np.testing.assert_allclose(wide(of_x), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_attention_is_the_library_s(dtype, tolerance):
+  q, k, v = (jax.random.normal(jax.random.key(i), (2, 5, 3, 8), dtype) for i in range(3))
+  found, wanted = attention(q, k, v), jax.nn.dot_product_attention(q, k, v)
+  assert found.dtype == dtype
+  np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, wanted)), rtol=tolerance, atol=tolerance)
