@@ -166,7 +166,9 @@ def test_a_stop_reaches_the_training_and_is_no_reason_to_restart(tmp_path, scrip
     tmp_path, f"trap 'echo saved >>{tmp_path}/saved; exit 0' TERM\nsleep 30 & wait $!\nexit 9")
   with open(tmp_path / "log", "w") as log:
     process = subprocess.Popen([ROOT / "tpu" / script, "--restarts=5", "--pause=0", "--workdir", tmp_path],
-                               env=os.environ | {"PYTHON": str(program)}, stderr=log)
+                               env=os.environ | {"PYTHON": str(program)}, stderr=log,
+                               # Where this runs in the background it is ignored, and would stay so.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
   count = 2 if script == "local.sh" else 1
   deadline = time.monotonic() + 20
   while starts(tmp_path) < count and time.monotonic() < deadline:
