@@ -159,16 +159,19 @@ def test_a_worker_answers_for_its_end(tmp_path, text, code, times):
   assert ("the same command goes on; exit 75" in done.stderr) == (code == 75)
 
 
+# Runs a command that Ctrl-C reaches: in the background it is ignored, and would stay so.
+HEARING = (sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+           "os.execv(sys.argv[1], sys.argv[1:])")
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
 @pytest.mark.parametrize("script", ["worker.sh", "local.sh"])
 def test_a_stop_reaches_the_training_and_is_no_reason_to_restart(tmp_path, script, how):
   program = trainer(
     tmp_path, f"trap 'echo saved >>{tmp_path}/saved; exit 0' TERM\nsleep 30 & wait $!\nexit 9")
   with open(tmp_path / "log", "w") as log:
-    process = subprocess.Popen([ROOT / "tpu" / script, "--restarts=5", "--pause=0", "--workdir", tmp_path],
-                               env=os.environ | {"PYTHON": str(program)}, stderr=log,
-                               # Where this runs in the background it is ignored, and would stay so.
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen([*HEARING, ROOT / "tpu" / script, "--restarts=5", "--pause=0", "--workdir", tmp_path],
+                               env=os.environ | {"PYTHON": str(program)}, stderr=log)
   count = 2 if script == "local.sh" else 1
   deadline = time.monotonic() + 20
   while starts(tmp_path) < count and time.monotonic() < deadline:
