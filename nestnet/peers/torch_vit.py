@@ -81,8 +81,8 @@ class Block(nn.Module):
     self.attention_norm, self.mlp_norm = Norm(attention["norm"]), Norm(mlp["norm"])
     qkv = np.asarray(attention["qkv"]["kernel"])
     # `[3, heads * head_dim, embed]`: leading heads are then leading rows of each of the three.
-    self.qkv_weight = _parameter(qkv.transpose(1, 2, 3, 0).reshape(3, -1, len(qkv)))
-    self.qkv_bias = _parameter(np.asarray(attention["qkv"]["bias"]).reshape(3, -1))
+    self.qkv_weight = _parameter(qkv.transpose(2, 1, 3, 0).reshape(3, -1, len(qkv)))
+    self.qkv_bias = _parameter(np.asarray(attention["qkv"]["bias"]).swapaxes(0, 1).reshape(3, -1))
     self.out_weight = _parameter(_matrix(attention["out"]["kernel"], 2))
     self.out_bias = _parameter(attention["out"]["bias"])
     self.up_weight = _parameter(_matrix(mlp["up"]["kernel"], 1))
