@@ -116,7 +116,8 @@ FEW = Space(layers=(1, 2), embed=(4, 8), heads=(1, 2), mlp=(4, 8))
 
 
 @pytest.mark.parametrize("name, options", [
-  ("sandwich", {"random": 1}), ("sandwich", {"random": 1, "candidates": 2}), ("sorted", {"n": 2})], ids=str)
+  ("sandwich", {"random": 1}), ("sorted", {"n": 2}),
+  pytest.param("sandwich", {"random": 1, "candidates": 2}, marks=pytest.mark.slow)], ids=str)
 def test_training_is_that_of_slices(name, options):
   """In-place distillation, a choice among candidates, labels alone."""
   (state, metrics), (own, own_metrics) = (
