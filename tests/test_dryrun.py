@@ -127,6 +127,7 @@ def test_teachers_candidates_and_members_asked_for_have_programs():
 
 
 @pytest.mark.parametrize("options", [{}, {"teacher": "ema", "untouched": "freeze"}])
+@pytest.mark.slow
 def test_what_is_planned_is_what_runs(options):
   """The same programs with the same shapes, types and layouts, in the same order."""
   (phase,), batch = build.planned(config(**options), jax.devices())

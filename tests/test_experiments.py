@@ -174,6 +174,7 @@ def meshed(steps, **mesh):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh_and_is_extracted_to_one_device(tmp_path):
   """2 x 2 x 2 devices, then 2 x 4; rows and files are of one device."""
   workdir = tmp_path / "run"

@@ -40,6 +40,11 @@ SPACES = {
 }
 
 
+def quick(name):
+  """All spaces; the others run with the longer checks."""
+  return [n if n == name else pytest.param(n, marks=pytest.mark.slow) for n in SPACES]
+
+
 @functools.cache
 def family(name):
   net = Supernet(MODEL, SPACES[name], INPUT)
@@ -76,7 +81,7 @@ def members(name, count):
   return [*drawn, space.smallest, space.largest]
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", quick("free"))
 def test_as_data_equals_the_slice_and_the_extracted_network(name):
   net, _ = family(name)
   for subnet in {*members(name, 3), *([Subnet(layers=(0, 2), embed=12, heads=(2, 4), mlp=(16, 4), features=4)]
@@ -269,7 +274,7 @@ def test_shards_agree_on_what_is_the_same():
     on_shards([sampler("sandwich", space, 0), sampler("sandwich", space, 0, reduce="mean")])
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", quick("coupled"))
 def test_flops_of_members_are_sums_over_layers(name):
   net, _ = family(name)
   count = layered_flops(net)

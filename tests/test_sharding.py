@@ -114,6 +114,7 @@ def test_storage_is_shared_out():
   assert {len(x.devices()) for x in jax.tree.leaves(whole)} == {1}
 
 
+@pytest.mark.slow
 def test_shards_train_members_of_their_own_on_a_mixed_mesh():
   members = (MIDDLE, SPACE.smallest)
   found = loss_and_gradient(make(MESHES["mixed"], (Term((members,)),), "one_program"))
