@@ -200,10 +200,10 @@ class Step:
 
   @functools.cached_property
   def is_whole(self) -> bool:
-    """Whether the whole step is one program, for a short list of terms that never changes."""
+    """Whether the whole step is one program, for a short list of slices that never changes."""
     terms = self.recipe.sampler.terms(0) if self.recipe.sampler.fixed else ()
     return (0 < len(terms) <= FIXED_LIMIT and all(len(t.candidates) == 1 for t in terms)
-            and self.accumulate == 1)
+            and self.accumulate == 1 and self.one is None)
 
   def _fixed_step(self, state, batch):
     """The whole step in one program."""

@@ -122,9 +122,10 @@ FEW = Space(layers=(1, 2), embed=(4, 8), heads=(1, 2), mlp=(4, 8))
 
 @pytest.mark.parametrize("name, options", [
   ("sandwich", {"random": 1}), ("sorted", {"n": 2}),
+  ("matformer_joint", {"members": ("layers=1,embed=4,heads=1,mlp=8", "layers=2,embed=8,heads=2,mlp=8")}),
   pytest.param("sandwich", {"random": 1, "candidates": 2}, marks=pytest.mark.slow)], ids=str)
 def test_training_is_that_of_slices(name, options):
-  """In-place distillation, a choice among candidates, labels alone."""
+  """In-place distillation, a choice among candidates, labels alone, a list that never changes."""
   (state, metrics), (own, own_metrics) = (
     train(make(name, FEW, execution, model=SMALL, **options), 3) for execution in ("slice", "one_program"))
   np.testing.assert_allclose(own_metrics["loss"], metrics["loss"], rtol=1e-5)
