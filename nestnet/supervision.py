@@ -12,13 +12,16 @@ import dataclasses
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from typing import IO
 
 from nestnet import cli
 from nestnet.errors import Lost, UserError
 
 AUTO = "auto"
+GOES_ON = "The same command on every host goes on from the newest checkpoint"
 # <linux/prctl.h>
 _SET_PARENT_DEATH_SIGNAL = 1
 
@@ -80,35 +83,38 @@ def supervised(work: Callable[[], int | None], where: Place) -> int:
     The exit code; 75 where a signal ended the child.
   """
   parent = os.getpid()
-  # Held back until both know what to do with them.
-  signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-  child = os.fork()
-  if child:
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
-    # Ctrl-C reaches the child as well, which says so.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
-  if not child:
-    _work(work, parent)
-  _, status = os.waitpid(child, 0)
-  if not os.WIFSIGNALED(status):
+  with tempfile.TemporaryFile("w+") as loss:
+    # Held back until both know what to do with them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    child = os.fork()
+    if child:
+      signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+      # Ctrl-C reaches the child as well, which says so.
+      signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
+    if not child:
+      _work(work, parent, loss)
+    _, status = os.waitpid(child, 0)
+    loss.seek(0)
+    message = loss.read()
+  if not message and not os.WIFSIGNALED(status):
     return os.waitstatus_to_exitcode(status)
-  number = os.WTERMSIG(status)
-  what = ("another process of the job is gone, or never came (JAX's own words stand above)"
-          if number == signal.SIGABRT else f"ended by {signal.Signals(number).name}")
-  return cli.report(f"{where}: {what}. {GOES_ON}", Lost.code)
+  return cli.report(message or f"{where}: {_signalled(os.WTERMSIG(status))}. {GOES_ON}", Lost.code)
 
 
-GOES_ON = "The same command on every host goes on from the newest checkpoint"
+def _signalled(number: int) -> str:
+  if number == signal.SIGABRT:
+    return "another process of the job is gone, or never came (JAX's own words stand above)"
+  return f"ended by {signal.Signals(number).name}"
 
 
-def _work(work: Callable[[], int | None], parent: int) -> None:
+def _work(work: Callable[[], int | None], parent: int, loss: IO[str]) -> None:
   """The child's life; never returns."""
   code = 1
   try:
     _end_with(parent)
     with cli.reported():
-      code = work() or 0
+      code = _unless_lost(work, loss)
   except SystemExit as end:
     code = end.code
   except BaseException:  # What no one foresaw; it must not unwind into the parent's frames.
@@ -118,6 +124,16 @@ def _work(work: Callable[[], int | None], parent: int) -> None:
     sys.stderr.flush()
     # On the ordinary way out JAX would wait for processes that may be gone.
     os._exit(code)
+
+
+def _unless_lost(work: Callable[[], int | None], loss: IO[str]) -> int:
+  """Leaves it to the parent to say that a process is lost: JAX's threads talk until the child ends."""
+  try:
+    return work() or 0
+  except Lost as lost:
+    loss.write(str(lost))
+    loss.flush()
+    return lost.code
 
 
 def _end_with(parent: int) -> None:
