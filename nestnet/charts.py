@@ -43,12 +43,12 @@ def pareto_chart(
   """
   if not rows:
     raise ValueError("a chart needs at least one row, got none")
-  front = _front(rows, cost, metric)
+  front, best = _front(rows, cost, metric)
   chart = figure.Figure(figsize=(7.2, 4.6), layout="constrained")
   axes = chart.subplots()
   for subset, style, look in (
       (rows, "o", dict(color=_GREY, alpha=0.55, markersize=5, label=f"subnets ({len(rows)})")),
-      (front, "o-", dict(color=_COLOURS[0], linewidth=1.6, label="best at their cost"))):
+      (front, "o-", dict(color=_COLOURS[0], linewidth=1.6, label=best))):
     axes.plot([row[cost] for row in subset], [100 * row[metric] for row in subset], style,
               markeredgewidth=0, **look)
   costs = [row[cost] for row in rows]
@@ -119,11 +119,12 @@ def compare_chart(
   _finish(chart, path, title, " ".join(filter(None, (caption, note))))
 
 
-def _front(rows: Sequence[report.Row], cost: str, metric: str) -> list[report.Row]:
-  """The rows that no other beats, by the validation split where all have it."""
+def _front(rows: Sequence[report.Row], cost: str, metric: str) -> tuple[list[report.Row], str]:
+  """The rows that no other beats, by the validation split where all have it, and what to call them."""
   chosen = f"validation_{metric}"
-  both = all(chosen in row and metric in row for row in rows)
-  return report.pareto(rows, cost, chosen if both else metric)
+  if all(chosen in row and metric in row for row in rows):
+    return report.pareto(rows, cost, chosen), "best at their cost on validation"
+  return report.pareto(rows, cost, metric), "best at their cost"
 
 
 def _percent(result: report.Result) -> tuple[float, float]:

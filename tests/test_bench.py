@@ -58,6 +58,7 @@ def test_the_batch_is_doubled_until_steps_are_long_enough(monkeypatch):
   assert made.batch_size == 16 and len(made.batch["label"]) == 16
 
 
+@pytest.mark.slow
 def test_one_program_is_measured_against_the_faster_way_to_train_alone(bed):
   rows = bench.one_program(bed)
   smallest, largest = map(str, bed.spread)

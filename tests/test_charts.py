@@ -37,9 +37,13 @@ def test_pareto_chart_is_a_sharp_picture_with_ink(tmp_path, count):
 def test_validation_chooses_the_front_where_all_rows_have_it():
   by_test = [dict(params=n, accuracy=a) for n, a in ((1, 0.5), (2, 0.9), (3, 0.8))]
   by_both = [row | dict(validation_accuracy=v) for row, v in zip(by_test, (0.5, 0.4, 0.6))]
-  front = lambda rows: [row["params"] for row in charts._front(rows, "params", "accuracy")]
-  assert front(by_test) == front([*by_both[:2], by_test[2]]) == [1, 2]
-  assert front(by_both) == [1, 3]
+
+  def front(rows):
+    chosen, name = charts._front(rows, "params", "accuracy")
+    return [row["params"] for row in chosen], name
+
+  assert front(by_test) == front([*by_both[:2], by_test[2]]) == ([1, 2], "best at their cost")
+  assert front(by_both) == ([1, 3], "best at their cost on validation")
 
 
 def test_compare_chart_has_a_panel_for_each_budget(tmp_path):

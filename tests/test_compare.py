@@ -87,6 +87,7 @@ def test_missing_runs_only_are_done_and_seeds_are_paired(tmp_path):
     compare.compare(other, 2, tmp_path, ("equal steps",))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
   bad = config("truncate")
   bad["optim"] = bad["optim"] | {"learning_rate": 1e30}

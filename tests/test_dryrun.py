@@ -181,6 +181,7 @@ def test_network_time_of_a_ring(kind, factor):
   assert found == pytest.approx(factor * 1e9 / 90e9)
 
 
+@pytest.mark.slow
 def test_members_of_every_shard_count_with_their_own_share():
   """Each on its part of the batch, its layers' forward pass twice: once to go back through them."""
   made = config("sorted") | {"mesh": dict(data=4)}

@@ -121,7 +121,7 @@ FEW = Space(layers=(1, 2), embed=(4, 8), heads=(1, 2), mlp=(4, 8))
 
 
 @pytest.mark.parametrize("name, options", [
-  ("sandwich", {"random": 1}), ("sorted", {"n": 2}),
+  ("sandwich", {"random": 1}), pytest.param("sorted", {"n": 2}, marks=pytest.mark.slow),
   ("matformer_joint", {"members": ("layers=1,embed=4,heads=1,mlp=8", "layers=2,embed=8,heads=2,mlp=8")}),
   pytest.param("sandwich", {"random": 1, "candidates": 2}, marks=pytest.mark.slow)], ids=str)
 def test_training_is_that_of_slices(name, options):
@@ -229,6 +229,7 @@ def own_loss_and_gradient(step, state, subnet, batch, taught=None):
   return jax.value_and_grad(loss)(state.trained["model"])
 
 
+@pytest.mark.slow
 def test_data_shards_train_members_of_their_own(caplog):
   """The averaged gradient is that computed sub-network by sub-network, and one program makes it."""
   shards, size = 4, 8

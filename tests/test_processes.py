@@ -172,6 +172,7 @@ def said(folder, workdir):
   return [(folder / f"{workdir.name}.{index}.log").read_text() for index in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(folder):
   """And each sees the other's data, facts and mistakes."""
   port = free_port()

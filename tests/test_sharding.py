@@ -25,6 +25,9 @@ SPACE = Space(layers=(2, 3), embed=(8, 16), heads=(4, 8), mlp=(16, 32), per_laye
 MIDDLE = SPACE.subnet("layers=0+2,embed=8,heads=4,mlp=32:16")
 MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "model": {"data": 2, "model": 4},
           "mixed": {"data": 2, "fsdp": 2, "model": 2}}
+# The plainer ones run with the longer checks.
+EVERY_MESH = pytest.mark.parametrize(
+  "mesh", [m if m == "mixed" else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
 RNG = np.random.default_rng(0)
 BATCH = {"image": RNG.normal(size=(8, 8, 8, 1)).astype(np.float32), "label": RNG.integers(0, 3, 8)}
 INPUT = (jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),)
@@ -61,8 +64,7 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("execution", ["slice", "one_program"])
-@pytest.mark.parametrize("mesh", ["data", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fsdp", "model")),
-                                  "mixed"])
+@EVERY_MESH
 def test_loss_and_gradients_are_those_of_one_device(mesh, execution):
   """Largest, one with sizes of its own in each layer, and smallest, taught in place."""
   step = make(MESHES[mesh], TERMS, execution)
@@ -86,7 +88,7 @@ def collectives(step, member):
   return dict(found)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@EVERY_MESH
 def test_a_sub_network_moves_what_it_would_alone(mesh):
   """On `fsdp` its layers are gathered whole: as many collectives, at most the supernet's bytes."""
   member = SPACE.subnet("layers=2,embed=8,heads=4,mlp=16")
@@ -144,7 +146,7 @@ def test_axes_outside_the_space_must_divide_too():
     make({"model": 8}, TERMS, model=MODEL.clone(mlp=12), space=Space(layers=(2, 3), heads=(8,), groups={"heads": 8}))
 
 
-@pytest.mark.parametrize("execution", ["slice", "one_program"])
+@pytest.mark.parametrize("execution", [pytest.param("slice", marks=pytest.mark.slow), "one_program"])
 def test_a_batch_in_parts_is_the_batch(execution):
   """Losses are means over the batch: of four parts they are the whole's, teacher and candidates too."""
   terms = (*TERMS[:2], Term((SPACE.smallest, MIDDLE), taught=True))

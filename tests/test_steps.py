@@ -269,6 +269,7 @@ def cut_vit(p, ids, embed, heads, mlp):
     "head": {"kernel": p["head"]["kernel"][e], "bias": p["head"]["bias"]}}
 
 
+@pytest.mark.slow
 def test_gradient_of_a_vit_over_all_four_axes():
   """A sandwich whose middle member keeps the last layer only, on eight devices."""
   space = Space(layers=(1, 2), embed=(8, 16), heads=(2, 4), mlp=(8, 16))
