@@ -32,6 +32,7 @@ def bed():
   return bench_bed.Bed(config(recipes.recipe("sandwich"), space), 8, 2)
 
 
+@pytest.mark.slow
 def test_every_size_and_joint_training_are_measured(tmp_path):
   space = SPACE | dict(pool=SIZES[::-1])
   found = bench.bench(config(recipes.recipe("sandwich"), space), batch_size=8, pairs=2, only=["slices"])

@@ -53,6 +53,7 @@ def test_more_seeds_keep_the_runs_that_are_there(tmp_path):
   assert two.items() <= three.items() and {t.seed for w, t in three.items() if w not in two} == {2}
 
 
+@pytest.mark.slow
 def test_missing_runs_only_are_done_and_seeds_are_paired(tmp_path):
   configs = [config("separate"), config("truncate")]
   call = lambda n: compare.compare(configs, 2, tmp_path, ("equal steps",), None, n, "the command")

@@ -113,6 +113,7 @@ def test_the_largest_is_planned_though_the_first_step_does_not_draw_it():
   assert runs == {(SMALL,): 1, (LARGE,): 0}
 
 
+@pytest.mark.slow
 def test_teachers_candidates_and_members_asked_for_have_programs():
   made = config(teacher="ema")
   made["recipe"]["sampler"] |= {"random": 1, "candidates": 2}

@@ -63,7 +63,7 @@ def close(found, expected):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
 
 
-@pytest.mark.parametrize("execution", ["slice", "one_program"])
+@pytest.mark.parametrize("execution", [pytest.param("slice", marks=pytest.mark.slow), "one_program"])
 @EVERY_MESH
 def test_loss_and_gradients_are_those_of_one_device(mesh, execution):
   """Largest, one with sizes of its own in each layer, and smallest, taught in place."""
@@ -146,7 +146,8 @@ def test_axes_outside_the_space_must_divide_too():
     make({"model": 8}, TERMS, model=MODEL.clone(mlp=12), space=Space(layers=(2, 3), heads=(8,), groups={"heads": 8}))
 
 
-@pytest.mark.parametrize("execution", [pytest.param("slice", marks=pytest.mark.slow), "one_program"])
+@pytest.mark.slow
+@pytest.mark.parametrize("execution", ["slice", "one_program"])
 def test_a_batch_in_parts_is_the_batch(execution):
   """Losses are means over the batch: of four parts they are the whole's, teacher and candidates too."""
   terms = (*TERMS[:2], Term((SPACE.smallest, MIDDLE), taught=True))
