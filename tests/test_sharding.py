@@ -25,9 +25,6 @@ SPACE = Space(layers=(2, 3), embed=(8, 16), heads=(4, 8), mlp=(16, 32), per_laye
 MIDDLE = SPACE.subnet("layers=0+2,embed=8,heads=4,mlp=32:16")
 MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "model": {"data": 2, "model": 4},
           "mixed": {"data": 2, "fsdp": 2, "model": 2}}
-# The plainer ones run with the longer checks.
-EVERY_MESH = pytest.mark.parametrize(
-  "mesh", [m if m == "mixed" else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
 RNG = np.random.default_rng(0)
 BATCH = {"image": RNG.normal(size=(8, 8, 8, 1)).astype(np.float32), "label": RNG.integers(0, 3, 8)}
 INPUT = (jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),)
@@ -63,8 +60,9 @@ def close(found, expected):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found, expected)
 
 
-@pytest.mark.parametrize("execution", [pytest.param("slice", marks=pytest.mark.slow), "one_program"])
-@EVERY_MESH
+@pytest.mark.slow
+@pytest.mark.parametrize("execution", ["slice", "one_program"])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_loss_and_gradients_are_those_of_one_device(mesh, execution):
   """Largest, one with sizes of its own in each layer, and smallest, taught in place."""
   step = make(MESHES[mesh], TERMS, execution)
@@ -88,7 +86,9 @@ def collectives(step, member):
   return dict(found)
 
 
-@EVERY_MESH
+# The plainer ones run with the longer checks.
+@pytest.mark.parametrize(
+  "mesh", [m if m == "mixed" else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
 def test_a_sub_network_moves_what_it_would_alone(mesh):
   """On `fsdp` its layers are gathered whole: as many collectives, at most the supernet's bytes."""
   member = SPACE.subnet("layers=2,embed=8,heads=4,mlp=16")
