@@ -13,9 +13,12 @@ from absl import flags
 from nestnet import cli
 
 CONFIG = cli.define_config()
-TOPOLOGY = flags.DEFINE_string("topology", None, "chip and shape of the slice, such as v5e:4x4", required=True)
-MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, such as data:8,model:2; by default the config's")
-SUBNETS = flags.DEFINE_string("subnets", "", "sub-networks joined by ';' to plan beside those of the first step")
+TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "chip and shape of the slice, such as v5e:4x4", required=True)
+MESH = flags.DEFINE_string(
+  "mesh", "", "sizes of the mesh's axes, such as data:8,model:2; by default the config's")
+SUBNETS = flags.DEFINE_string(
+  "subnets", "", "sub-networks joined by ';' to plan beside those of the first step")
 JSON = flags.DEFINE_string("json", None, "file to write")
 
 

@@ -73,9 +73,9 @@ def compile_step(step: Step, batch: Mapping[str, jax.ShapeDtypeStruct], where: t
 
   Returns:
     For each program: `kind`, `subnets`, `taught`, `runs` (how often the first step runs it), `memory`
-    (bytes on a chip, see `_memory`), `fits`, `flops` (of a chip), `traffic` (bytes of main memory), `collectives`,
-    `unknown_loops`, `seconds` (by resource), `bound` (the resource that takes longest), `refused` (what
-    the compiler says of a program that does not fit, or None), `compile_seconds`.
+    (bytes on a chip, see `_memory`), `fits`, `flops` (of a chip), `traffic` (bytes of main memory),
+    `collectives`, `unknown_loops`, `seconds` (by resource), `bound` (the resource that takes longest),
+    `refused` (what the compiler says of a program that does not fit, or None), `compile_seconds`.
   """
   terms, space = step.recipe.sampler.terms(0), step.supernet.space
   drawn = {candidate for term in terms for candidate in term.candidates}
@@ -132,8 +132,8 @@ class _Compiler:
         raise
       refused = str(error).removeprefix("RESOURCE_EXHAUSTED: ").split("\n")[0]
     seconds = time.monotonic() - began
-    self.say(f"{label(program.kind, program.members, program.taught)}: {'refused' if refused else 'compiled'} after "
-             f"{seconds:.1f} s")
+    what = label(program.kind, program.members, program.taught)
+    self.say(f"{what}: {'refused' if refused else 'compiled'} after {seconds:.1f} s")
     shardings = compiled.output_shardings if compiled else jax.tree.map(lambda x: None, lowered.out_info)
     outputs = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                            lowered.out_info, shardings)
@@ -155,9 +155,10 @@ def label(kind: str, subnets: Sequence[Any], taught: bool = False) -> str:
 def _row(entry: _Entry, held: Any, mesh: jax.sharding.Mesh, where: tpus.Topology) -> dict[str, Any]:
   program, memory = entry.program, _memory(entry, held)
   flops = cost.count_flops(program.computes, *entry.arguments) / mesh.size
+  fits = not entry.refused and memory["total"] <= where.chip.hbm
   row = {"kind": program.kind, "subnets": list(map(str, program.members)), "taught": program.taught,
-         "runs": entry.runs, "memory": memory, "fits": not entry.refused and memory["total"] <= where.chip.hbm,
-         "flops": flops, "refused": entry.refused, "compile_seconds": entry.seconds}
+         "runs": entry.runs, "memory": memory, "fits": fits, "flops": flops, "refused": entry.refused,
+         "compile_seconds": entry.seconds}
   if entry.refused:
     return row
   work = hlo.work(entry.compiled.as_text())

@@ -262,8 +262,7 @@ class Step:
         owns.append(own)
       taught = tuple(given) if give else taught
       metrics = tuple(owns) if index == 0 else metrics
-    state, sums, metrics = run(Program("update", (), self._update, self._updated), state, sums, taught, metrics)
-    return state, sums, metrics
+    return run(Program("update", (), self._update, self._updated), state, sums, taught, metrics)
 
   def _parts(self, batch):
     """The batch in parts, each an equal share of what every device has of it."""
@@ -300,9 +299,9 @@ class Step:
     """The sub-network that a term trains; with several on the data shards, one for each."""
     if len(term.candidates) == 1:
       return term.candidates[0]
-    losses = [sum(run(self._gradients.loss(c, term), state.trained, state.fixed, state.objective, part, targets,
-                      state.step, self._key, index) for part, targets in zip(parts, seen))
-              for c in term.candidates]
+    losses = [sum(run(self._gradients.loss(candidate, term), state.trained, state.fixed, state.objective,
+                      part, targets, state.step, self._key, index) for part, targets in zip(parts, seen))
+              for candidate in term.candidates]
     order = sorted(range(len(losses)), key=lambda i: float(losses[i]))
     return term.candidates[order[0 if self.recipe.select == "lowest" else -1]]
 
