@@ -32,6 +32,7 @@ Name = str | Product
 Rule = Callable[[Any, Any], Any]
 
 STACK = "stack"
+REST = "rest"
 
 _TOKEN = re.compile(r"\(([^()]*)\)|([^\s()]+)")
 
@@ -45,7 +46,9 @@ class Axes:
       `(name, size or None)` is a product axis, whose factors are cut one by one.
     contracted: Names that the array contracts over (role "in").
     stacked: Names that only stack copies of the array (role "stack").
-    rule: Optional function `(leaf, subnet) -> leaf`, applied by `take` after the cut.
+    rule: Optional function `(leaf, subnet) -> leaf`, applied by `take` after the cut. With an
+      attribute `node` that is true it maps the whole node that holds the leaf; in `axes` it may name
+      axes of the subnet that it reads.
     stack: Key of the stack that the array belongs to, where it is known. It says which node of a
       tree becomes `layers_0`, `layers_1`, ... when nothing beside the stack is in the tree.
 
@@ -213,6 +216,23 @@ def variable_axes(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, A
       f"axis names of {type(model).__name__} are not complete; wrap the initializers of these "
       "leaves in nestnet.axes.axes(init, 'in -> out'):\n" + "\n".join(problems))
   return {"params": {}} | _nest(found)
+
+
+def statistics_axes(params: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Names of statistics that `init` does not make: those of the `scale` in the same place.
+
+  Args:
+    params: The axis names of the parameters.
+    tree: The collection of statistics.
+
+  Raises:
+    ValueError: There is no `scale` where a statistic is.
+  """
+  scales = {path[:-1]: leaf for path, leaf in _walk(params) if path[-1] == "scale"}
+  missing = ["/".join(path) for path, _ in _walk(tree) if path[:-1] not in scales]
+  if missing:
+    raise UserError(f"statistics without a scale beside them among the parameters: {', '.join(missing)}")
+  return _nest({path: scales[path[:-1]] for path, _ in _walk(tree)})
 
 
 def abstract_variables(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from nestnet import training
 from nestnet.cli import check_fields
 from nestnet.data import Batches, Dataset, augmentation, load
 from nestnet.errors import UserError
-from nestnet.execution import Supernet
+from nestnet.execution import Supernet, module_of
 from nestnet.imports import by_path
 from nestnet.interop.folder import make_module, module_fields
 from nestnet.models import architecture
@@ -224,7 +224,7 @@ def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
   space = Space(**_space(config["space"], tuple(f.name for f in dataclasses.fields(made))))
   if "subnet" in config["recipe"]:
     member = space.subnet(config["recipe"]["subnet"])
-    model = model.clone(**member)
+    model = module_of(model, member)
     space = Space(couple={" ".join(member): [tuple(member.values())]})
   return _shared_supernet(model, space, (jax.ShapeDtypeStruct((1, *dataset.shape), jnp.float32),))
 

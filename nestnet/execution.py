@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from nestnet.axes import abstract_variables, variable_axes
+from nestnet.axes import abstract_variables, statistics_axes, variable_axes
 from nestnet.errors import UserError, one_of
 from nestnet.models.switch import CHOICE
 from nestnet.objectives.base import Objective, Targets
@@ -87,7 +87,7 @@ class Supernet:
 
   def module(self, subnet: Subnet) -> nn.Module:
     """The ordinary module of a sub-network."""
-    return self.model.clone(**subnet)
+    return module_of(self.model, subnet)
 
   def runnable(self, subnet: Subnet) -> Runnable:
     """A sub-network as a program of its own."""
@@ -95,8 +95,30 @@ class Supernet:
 
   def cut(self, variables: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
     """A sub-network's variables, every collection of them."""
-    return {name: take(tree, self.axes[name], subnet, self.space.groups, strict=False)
-            for name, tree in variables.items()}
+    return cut(self.model, variables, self.axes, subnet, self.space.groups)
+
+
+def module_of(model: nn.Module, subnet: Subnet) -> nn.Module:
+  """The ordinary module of a sub-network: `model.member(subnet)` where it has that, else a clone."""
+  return model.member(subnet) if hasattr(model, "member") else model.clone(**subnet)
+
+
+def sizes_of(model: nn.Module, subnet: Subnet) -> Subnet:
+  """What `take` cuts for a sub-network whose fields are choices: `model.sizes(subnet)`, else the subnet."""
+  return model.sizes(subnet) if hasattr(model, "sizes") else subnet
+
+
+def cut(model: nn.Module, variables: dict[str, Any], axes: dict[str, Any], subnet: Subnet,
+        groups: dict[str, int] | None = None, strict: bool = False) -> dict[str, Any]:
+  """A sub-network's variables, every collection of them; calibrated statistics need no names.
+
+  Raises:
+    ValueError: As `take`, which is strict on the parameters where `strict` is set.
+  """
+  sizes = sizes_of(model, subnet)
+  named = lambda name, tree: axes[name] if name in axes else statistics_axes(axes["params"], tree)
+  return {name: take(tree, named(name, tree), sizes, groups, strict=strict and name == "params")
+          for name, tree in variables.items()}
 
 
 def extract(model: nn.Module, variables: dict[str, Any], subnet: Subnet, *inputs: Any,
@@ -119,10 +141,8 @@ def extract(model: nn.Module, variables: dict[str, Any], subnet: Subnet, *inputs
     >>> module.apply(small, images)["logits"].shape
     (1, 3)
   """
-  names = variable_axes(model, *inputs)
-  small = {name: take(tree, names[name], subnet, groups, strict=name == "params")
-           for name, tree in variables.items()}
-  return model.clone(**subnet), small
+  small = cut(model, variables, variable_axes(model, *inputs), subnet, groups, strict=True)
+  return module_of(model, subnet), small
 
 
 def member(supernet: Supernet, objective: Objective, objective_axes: Any, trained: dict[str, Any],

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from nestnet.axes import Axes, flat, is_axes
+from nestnet.axes import REST, Axes, flat, is_axes
 from nestnet.errors import UserError, one_of
 from nestnet.subnet import Size, Subnet, depth_of, is_depth, kept_ids, reach
 
@@ -68,7 +68,8 @@ def take(tree: Any, axes: Any, subnet: Subnet | Mapping[str, Size], groups: Grou
 
 def axes_in(axes: Any) -> set[str]:
   """Every axis that a tree of names can be cut along."""
-  names = {n for leaf in jax.tree.leaves(axes, is_leaf=is_axes) for n in flat(Axes.of(leaf).names)}
+  leaves = [Axes.of(leaf) for leaf in jax.tree.leaves(axes, is_leaf=is_axes)]
+  names = {n for leaf in leaves for n in (*flat(leaf.names), *getattr(leaf.rule, "axes", ()))}
   return {n for n in names | _unrolled_axes(axes) if not n.isdigit()}
 
 
@@ -160,7 +161,17 @@ def _take(tree, axes, subnet, groups, path):
   depth = _unrolled_over(axes)
   if depth:
     return _select_layers(tree, axes, depth, subnet, groups, path)
-  return _one_level(lambda t, a, k: _take(t, a, subnet, groups, path + (k,)), tree, axes, path)
+  node = _one_level(lambda t, a, k: _take(t, a, subnet, groups, path + (k,)), tree, axes, path)
+  rule = next((a.rule for a in axes.values() if isinstance(a, Axes) and _of_node(a.rule)), None)
+  if rule is None:
+    return node
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(node)):
+    return jax.eval_shape(lambda n: rule(n, subnet), node)
+  return rule(node, subnet)
+
+
+def _of_node(rule) -> bool:
+  return getattr(rule, "node", False)
 
 
 def _one_level(fn, tree, axes, path):
@@ -198,7 +209,7 @@ def _cut_leaf(leaf, names, subnet, groups, path):
 
 
 def _ruled(leaf, names, subnet):
-  return names.rule(leaf, subnet) if names.rule else leaf
+  return names.rule(leaf, subnet) if names.rule and not _of_node(names.rule) else leaf
 
 
 def _cut(array, names: Axes, subnet, groups, path):
@@ -274,12 +285,16 @@ def _has_key(axes: Any, key: str | None) -> bool:
 
 
 def _unrolled_over(axes: Mapping) -> str | None:
-  """The depth axis whose layers are this node's children: `layers_0`, `layers_1`, ..."""
-  if not axes:
+  """The depth axis whose layers are this node's children: `layers_0`, `layers_1`, ...
+
+  Behind the first ones, which differ, the others may stand together, a stack called `rest`.
+  """
+  own = [str(key) for key in axes if key != REST]
+  if not own:
     return None
-  depth = str(next(iter(axes))).rpartition("_")[0]
-  keys = {f"{depth}_{i}" for i in range(len(axes))}
-  return depth if is_depth(depth) and set(axes) == keys else None
+  depth = own[0].rpartition("_")[0]
+  keys = {f"{depth}_{i}" for i in range(len(own))}
+  return depth if is_depth(depth) and set(own) == keys else None
 
 
 def _unrolled_axes(axes: Any) -> set[str]:
@@ -307,12 +322,27 @@ def _entry(tree, i):
 
 
 def _select_layers(tree, axes, depth, subnet, groups, path):
-  ids = _ids(subnet.chosen.get(depth, len(axes)), len(axes), depth, "/".join(path))
+  own = len(axes) - (REST in axes)
+  full = own + (_length(tree[REST], axes[REST], depth) if REST in axes else 0)
+  ids = _ids(subnet.chosen.get(depth, full), full, depth, "/".join(path))
   _check_lists(subnet, depth, len(ids))
-  return {
+  first = [i for i in ids if i < own]
+  kept = {
     f"{depth}_{position}": _take(tree[f"{depth}_{i}"], axes[f"{depth}_{i}"],
                                  subnet.layer(depth, position), groups, path + (f"{depth}_{i}",))
-    for position, i in enumerate(ids)}
+    for position, i in enumerate(first)}
+  if REST not in axes or len(first) == len(ids):
+    return kept
+  if len(first) < own:
+    raise UserError(f"{'/'.join(path)}: {depth}={'+'.join(map(str, ids))} leaves out one of the first {own}, which "
+                    "the others stand on")
+  rest = subnet.behind(depth, own, [i - own for i in ids[own:]])
+  return kept | {REST: _take(tree[REST], axes[REST], rest, groups, path + (REST,))}
+
+
+def _length(tree, axes, depth) -> int:
+  """The number of layers in a stack."""
+  return len(axes) if _unrolled_over(axes) == depth else jax.tree.leaves(tree)[0].shape[0]
 
 
 def _ids(size: Size, full: int, depth: str, where: str) -> tuple[int, ...]:

@@ -128,6 +128,12 @@ class Subnet(Mapping[str, Size]):
       axis: value[position] if isinstance(value, tuple) and depth_of(axis) == depth else value
       for axis, value in self._chosen.items() if axis != depth})
 
+  def behind(self, depth: str, first: int, ids: Sequence[int]) -> Subnet:
+    """What remains of `depth` behind its first layers: the layers `ids`, with their entries of lists."""
+    return Subnet(**{
+      axis: tuple(value[first:]) if isinstance(value, tuple) and depth_of(axis) == depth else value
+      for axis, value in self._chosen.items() if axis != depth}, **{depth: tuple(ids)})
+
   def per_layer(self, depth: str) -> bool:
     """Whether some axis has its own size in each layer of `depth`."""
     return any(isinstance(value, tuple) and not is_depth(axis) and depth_of(axis) == depth

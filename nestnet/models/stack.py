@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nestnet.axes import STACK, axes
+from nestnet.axes import REST, STACK, axes
 from nestnet.errors import UserError
 from nestnet.models.switch import Layers, Part, Switched
 
@@ -25,7 +25,7 @@ Block = Callable[..., nn.Module]
 def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Mapping[str, Any],
           name: str = "blocks", depth: str = "layers",
           constants: Mapping[str, Sequence[float]] | None = None, remat: bool = False,
-          taps: bool = False, unroll: int = 1, **kwargs: Any) -> tuple[Any, Any]:
+          taps: bool = False, unroll: int = 1, lead: Block | None = None, **kwargs: Any) -> tuple[Any, Any]:
   """Applies `layers` blocks to `x`; call it in the compact method of an architecture.
 
   A `layers` of the type `Layers` is cut layer by layer, from the parameters of the largest. With sizes
@@ -48,6 +48,9 @@ def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Map
     remat: Whether to recompute a block in the backward pass.
     taps: Whether to return every layer's output too.
     unroll: Layers in one iteration of the scan.
+    lead: Makes the first layer where it differs from the others (a stride, another width of its input),
+      called as a block is. It is one of the `layers` and has the first of the sizes; its parameters are
+      under `layers_0`, and those of the others, a stack of their own, under `rest`.
     **kwargs: Passed to every call of the block; arrays among them may have a derivative.
 
   Returns:
@@ -56,17 +59,25 @@ def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Map
   Raises:
     ValueError: A tuple of sizes has another length than `layers`.
   """
+  if lead is not None:
+    _check_lengths(sizes, layers, depth)
+    return _Led(lead, block, int(layers), sizes, depth, dict(constants or {}), remat, taps, unroll, name=name)(
+      x, kwargs)
   parts = _parts(block, sizes)
   constants = {k: jnp.asarray(v, jnp.float32) for k, v in (constants or {}).items()}
   unroll = min(unroll, layers)
   if isinstance(layers, Layers):
     return Switched(parts, layers, depth, name=name)(x, constants, taps, unroll, kwargs)
   lists = {f: s for part in parts for f, s in part.sizes.items() if isinstance(s, tuple)}
-  for field, size in lists.items():
-    if len(size) != layers:
-      raise UserError(f"{field}={size} lists {len(size)} sizes for {depth}={layers}")
+  _check_lengths(lists, layers, depth)
   run = _unrolled if lists else _scanned
   return run(parts, x, layers, name, depth, constants, remat, taps, unroll, kwargs)
+
+
+def _check_lengths(sizes, layers, depth):
+  for field, size in sizes.items():
+    if isinstance(size, tuple) and len(size) != layers:
+      raise UserError(f"{field}={size} lists {len(size)} sizes for {depth}={layers}")
 
 
 def constant(module: nn.Module, name: str, initial: Mapping[str, Any]) -> jax.Array:
@@ -136,6 +147,44 @@ class _Unrolled(nn.Module):
       x = _call(_layer(self.parts, f"{self.depth}_{i}", i), x, layer_constants, remat, kwargs)
       outputs.append(x)
     return x, outputs
+
+
+class _Led(nn.Module):
+  """A layer that differs from those behind it, and a stack of these."""
+
+  lead: Block
+  block: Block
+  layers: int
+  sizes: Mapping[str, Any]
+  depth: str
+  constants: Mapping[str, Sequence[float]]
+  remat: bool
+  taps: bool
+  unroll: int
+
+  @nn.compact
+  def __call__(self, x, kwargs):
+    constants = {k: jnp.asarray(v, jnp.float32) for k, v in self.constants.items()}
+    first = self.lead(name=f"{self.depth}_0", **{
+      field: size[0] if isinstance(size, tuple) else size for field, size in self.sizes.items()})
+    x = _call(first, x, {k: v[0] for k, v in constants.items()}, self.remat, kwargs)
+    outputs = jax.tree.map(lambda y: y[None], x)
+    if self.layers > 1:
+      behind = {field: _behind(size) for field, size in self.sizes.items()}
+      x, more = stack(
+        self.block, x, layers=self.layers - 1, sizes=behind, name=REST, depth=self.depth,
+        constants={k: v[1:] for k, v in constants.items()}, remat=self.remat, taps=self.taps,
+        unroll=self.unroll, **kwargs)
+      if self.taps:
+        outputs = jax.tree.map(lambda y, ys: jnp.concatenate([y, ys]), outputs, more)
+    return x, outputs if self.taps else None
+
+
+def _behind(size):
+  """The sizes behind the first one: one for all where they are equal, as a `Subnet` has it."""
+  if not isinstance(size, tuple):
+    return size
+  return size[1] if len(set(size[1:])) == 1 else size[1:]
 
 
 def _unrolled(parts, x, layers, name, depth, constants, remat, taps, unroll, kwargs):
