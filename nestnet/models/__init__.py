@@ -8,7 +8,11 @@ import flax.linen as nn
 
 from nestnet.errors import one_of
 
-ARCHITECTURES = {"ViT": "nestnet.models.vit:ViT"}
+ARCHITECTURES = {
+  "ViT": "nestnet.models.vit:ViT", "MobileNet": "nestnet.models.mobilenet:MobileNet",
+  "MobileNetV3": "nestnet.models.mobilenet_v3:MobileNetV3",
+  "ProxylessNAS": "nestnet.models.proxyless_nas:ProxylessNAS",
+  "ResNet50D": "nestnet.models.resnet50d:ResNet50D"}
 
 
 def architecture(name: str) -> type[nn.Module]:

@@ -1,0 +1,245 @@
+"""ResNet-50-D (1812.01187) with the space of Once-for-All (1908.09791, its ResNet-50 networks)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nestnet.errors import UserError, one_of
+from nestnet.models.convolution import ConvNorm, divisible
+from nestnet.models.layers import Linear
+from nestnet.models.stack import stack
+from nestnet.space import Space
+from nestnet.subnet import Size, Subnet, kept_ids
+
+STAGES = (1, 2, 3, 4)
+STRIDES = (1, 2, 2, 2)
+
+
+class ResNet50D(nn.Module):
+  """Images `[batch, rows, columns, channels]` to `logits` and `features`.
+
+  Depths, widths and the expansion of each block are the axes along which it nests. Widths and expansions
+  are choices, in hundredths; `sizes` says how long the axes of the parameters are for them. `expand` may
+  be a tuple with one choice a block. The first block of a stage has its stride and is always there.
+
+  Attributes:
+    classes: Number of classes; 0 for a backbone without a head.
+    layers_0: 2 with the residual convolution of the stem, 1 without it.
+    layers_1: Number of blocks in the first stage; so for the others.
+    width_stem: Channels inside the stem, hundredths of `stem // 2`.
+    width_0: Channels behind the stem, hundredths of `stem`.
+    width_1: Channels of the first stage, hundredths of `widths[0]`; so for the others.
+    expand_1: Hidden channels, hundredths of what the block writes.
+    stem: Channels behind the stem, in full.
+    widths: Channels of the stages, in full.
+    epsilon: Of the batch normalisation.
+    dropout: Rate of dropout on the features.
+    remat: Whether to recompute blocks in the backward pass.
+    unroll: Blocks in one iteration of the scan over the equal blocks of a stage.
+    dtype: Of the computation.
+    param_dtype: Of the stored parameters.
+  """
+
+  classes: int
+  layers_0: int = 2
+  layers_1: int = 4
+  layers_2: int = 4
+  layers_3: int = 6
+  layers_4: int = 4
+  width_stem: int = 100
+  width_0: int = 100
+  width_1: int = 100
+  width_2: int = 100
+  width_3: int = 100
+  width_4: int = 100
+  expand_1: Size = 35
+  expand_2: Size = 35
+  expand_3: Size = 35
+  expand_4: Size = 35
+  stem: int = 64
+  widths: tuple[int, ...] = (256, 512, 1024, 2048)
+  epsilon: float = 1e-5
+  dropout: float = 0.0
+  remat: bool = False
+  unroll: int = 1
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    if len(self.widths) != len(STAGES):
+      raise UserError(f"ResNet50D: widths={self.widths}; allowed are {len(STAGES)}")
+    if isinstance(self.layers_0, int) and self.layers_0 not in (1, 2):
+      raise UserError(f"ResNet50D: layers_0={self.layers_0}; allowed are 1 and 2")
+    if not 0 <= self.dropout < 1:
+      raise UserError(f"ResNet50D: dropout={self.dropout}; allowed is [0, 1)")
+    super().__post_init__()
+
+  def channels(self, stage: int) -> int:
+    """The width of a stage; 0 is what the stem writes."""
+    full = self.stem if stage == 0 else self.widths[stage - 1]
+    return divisible(full * getattr(self, f"width_{stage}") / 100)
+
+  def inside_stem(self) -> int:
+    """The width inside the stem."""
+    return divisible(divisible(self.stem * self.width_stem / 100) // 2)
+
+  def hidden(self, stage: int) -> Size:
+    """The hidden channels of the blocks of a stage."""
+    width, expand = self.channels(stage), getattr(self, f"expand_{stage}")
+    of = lambda e: divisible(round(width * e / 100))
+    return tuple(map(of, expand)) if isinstance(expand, tuple) else of(expand)
+
+  def sizes(self, subnet: Subnet) -> Subnet:
+    """How long the axes of the parameters are in a sub-network, in every stage.
+
+    Raises:
+      ValueError: An axis is no choice of this network, or the first block of a stage is left out.
+
+    Example:
+      >>> sizes = ResNet50D(10).sizes(Subnet(layers_1=2, expand_1=(20, 35), width_1=65))
+      >>> sizes["embed_1"], sizes["hidden_1"]
+      (168, (32, 56))
+    """
+    allowed = [f"layers_{s}" for s in (0, *STAGES)] + [f"width_{s}" for s in ("stem", 0, *STAGES)] + [
+      f"expand_{s}" for s in STAGES]
+    for axis in subnet:
+      if axis not in allowed:
+        raise one_of("axis of ResNet50D", axis, allowed)
+    small = self.clone(**subnet)
+    sizes: dict[str, Any] = {"stem": small.inside_stem(), "stem_sum": small.inside_stem()}
+    for s in (0, *STAGES):
+      ids = kept_ids(subnet.chosen.get(f"layers_{s}", getattr(self, f"layers_{s}")))
+      if not ids or ids[0] != 0:
+        raise UserError(f"sub-network {subnet}: layers_{s} leaves out layer 0, which has the stage's stride")
+      sizes |= {f"layers_{s}": ids, f"embed_{s}": small.channels(s)}
+      if s:
+        sizes |= {f"hidden_{s}": small.hidden(s), f"inner_{s}": small.hidden(s)}
+    return Subnet(**sizes)
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False) -> dict[str, Any]:
+    """Applies the network.
+
+    Args:
+      images: `[batch, rows, columns, channels]`.
+      train: Whether batches are normalised by their own statistics although calibrated ones are there,
+        and dropout is on; it uses the `dropout` rng.
+      taps: Whether to return every block's output.
+
+    Returns:
+      `logits` `[batch, classes]`, `features` `[batch, channels]`, and with `taps` the blocks' outputs, for
+      each stage `[layers, batch, rows, columns, channels]`.
+    """
+    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    norm = dict(epsilon=self.epsilon, **dtypes)
+    x = Stem(self.layers_0, self.inside_stem(), name="stem", **norm)(images, train)
+    x = ConvNorm("stem", "embed_0", self.channels(0), 3, 1, "relu", name="stem_out", **norm)(x, train)
+    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    outputs = []
+    for s, stride in zip(STAGES, STRIDES):
+      block = functools.partial(Bottleneck, s, width=self.channels(s), **norm)
+      x, tap = stack(
+        functools.partial(block, reads=f"embed_{s}"), x, layers=getattr(self, f"layers_{s}"),
+        lead=functools.partial(block, reads=f"embed_{s - 1}", stride=stride, shortcut=True),
+        sizes={"hidden": self.hidden(s)}, name=f"stage_{s}", depth=f"layers_{s}", remat=self.remat,
+        taps=taps, unroll=self.unroll, train=train)
+      outputs.append(tap)
+    result = {"features": x.mean((1, 2))}
+    if self.classes:
+      features = nn.Dropout(self.dropout, deterministic=not train)(result["features"])
+      result["logits"] = Linear(f"embed_{STAGES[-1]} -> classes", (self.classes,), name="classifier",
+                                **dtypes)(features)
+    return result | ({"taps": tuple(outputs)} if taps else {})
+
+
+class Stem(nn.Module):
+  """Two convolutions of 3 x 3, the second on a residual branch that may be absent."""
+
+  layers: int
+  inside: int
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train):
+    """Maps `[batch, rows, columns, channels]` to `[batch, rows / 2, columns / 2, inside]`."""
+    norm = dict(epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
+    x = ConvNorm("channels", "stem", self.inside, 3, 2, "relu", name="layers_0_0", **norm)(x, train)
+    if self.layers == 2:
+      # A name stands once in an array, so the sum of the residual branch has one of its own.
+      x = x + ConvNorm("stem", "stem_sum", self.inside, 3, 1, "relu", name="layers_0_1", **norm)(x, train)
+    return x
+
+
+class Bottleneck(nn.Module):
+  """Three convolutions on a residual branch.
+
+  Attributes:
+    stage: Its stage, in the names of its axes.
+    reads: Axis of the channels that it reads.
+    width: Channels that it writes.
+    hidden: Channels between.
+    stride: Of the convolution of 3 x 3.
+    shortcut: Whether what it reads is averaged over the stride and projected, to be added.
+    epsilon: Of the normalisation.
+    dtype: Of the computation.
+    param_dtype: Of the stored parameters.
+  """
+
+  stage: int
+  reads: str
+  width: int
+  hidden: int
+  stride: int = 1
+  shortcut: bool = False
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, constants, *, train):
+    """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, width]`."""
+    norm = dict(epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
+    hidden, inner, writes = f"hidden_{self.stage}", f"inner_{self.stage}", f"embed_{self.stage}"
+    y = ConvNorm(self.reads, hidden, self.hidden, act="relu", name="reduce", **norm)(x, train)
+    y = ConvNorm(hidden, inner, self.hidden, 3, self.stride, "relu", name="spatial", **norm)(y, train)
+    y = ConvNorm(inner, writes, self.width, name="expand", **norm)(y, train)
+    if self.shortcut:
+      x = average(x, self.stride)
+      x = ConvNorm(self.reads, writes, self.width, name="shortcut", **norm)(x, train)
+    return nn.relu(x + y)
+
+
+def average(x: jax.Array, size: int) -> jax.Array:
+  """Means of squares of `size` positions side by side; at the far edges of those that are left."""
+  if size == 1:
+    return x
+  rows, columns = (-n % size for n in x.shape[1:3])
+  return nn.avg_pool(x, (size, size), (size, size), ((0, rows), (0, columns)), count_include_pad=False)
+
+
+def space(model: ResNet50D, shallower=(2, 1, 0), expand=(20, 25, 35), width=(65, 80, 100)) -> Space:
+  """The family of a network: depth, width and stem, and the expansion of each block.
+
+  Args:
+    model: The largest network.
+    shallower: How many blocks a stage may have fewer than in the model.
+    expand: Expansions, in hundredths.
+    width: Widths, in hundredths.
+
+  Example:
+    >>> space(ResNet50D(1000)).size == 2 * 3 ** 6 * (3**2 + 3**3 + 3**4) ** 3 * (3**4 + 3**5 + 3**6)
+    True
+  """
+  choices: dict[str, tuple[int, ...]] = {"layers_0": (1, 2)}
+  for s in STAGES:
+    choices[f"layers_{s}"] = tuple(getattr(model, f"layers_{s}") - n for n in shallower)
+  choices |= {f"width_{s}": tuple(width) for s in ("stem", 0, *STAGES)}
+  choices |= {f"expand_{s}": tuple(expand) for s in STAGES}
+  return Space(**choices, per_layer=[f"expand_{s}" for s in STAGES])
