@@ -1,0 +1,270 @@
+"""Weights of the Once-for-All supernets that its authors publish (github.com/mit-han-lab/once-for-all).
+
+    model = MobileNetV3(1000, width=1.2, transforms=True)
+    variables = ofa.load(model, "ofa_mbv3_d234_e346_k357_w1.2.safetensors")
+    module, small = extract(model, variables, ofa.subnet(model, ks=3, e=4, d=2), images)
+
+The published files are pickles, which nestnet does not read; `CONVERT` is the command, run beside
+PyTorch, that makes a safetensors file of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from nestnet.axes import REST, abstract_variables
+from nestnet.errors import MissingFileError, UserError
+from nestnet.models.convolution import STATISTICS
+from nestnet.models.mobilenet import MobileNet
+from nestnet.models.resnet50d import STAGES, ResNet50D
+from nestnet.subnet import Subnet
+
+CONVERT = (
+  "python -c \"import sys, torch, safetensors.torch as s; f = torch.load(sys.argv[1], map_location='cpu', "
+  "weights_only=True); s.save_file({k: v.clone().contiguous() for k, v in f.get('state_dict', f).items()}, "
+  "sys.argv[2])\" PUBLISHED OUT.safetensors")
+
+_NORM = {("params", "scale"): "weight", ("params", "bias"): "bias", (STATISTICS, "mean"): "running_mean",
+         (STATISTICS, "var"): "running_var"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+  """Where a tensor of the authors' goes.
+
+  Attributes:
+    name: The authors' name, in the short form of `_short`.
+    path: Of our leaf, from its collection.
+    index: The layer in our leaf, where it is stacked.
+  """
+
+  name: str
+  path: tuple[str, ...]
+  index: int | None = None
+
+
+def load(model: MobileNet | ResNet50D, state: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
+  """The variables of a supernet from the authors' state dict.
+
+  Args:
+    model: The supernet in full, `transforms=True` where kernels are transformed.
+    state: Arrays by the authors' names, in PyTorch's layout; or a `.safetensors` file of them.
+
+  Returns:
+    `{"params": ..., "batch_stats": ...}`. The statistics are those of the authors' largest network.
+
+  Raises:
+    ValueError: Tensors are missing, not known or of another shape, all of them listed; or the file is no
+      safetensors file.
+    FileNotFoundError: There is no such file.
+  """
+  if not isinstance(state, Mapping):
+    state = _read(pathlib.Path(state))
+  given = {_short(name): (name, array) for name, array in state.items()
+           if not name.endswith("num_batches_tracked")}
+  shapes = _shapes(model)
+  entries = list(_entries(model, shapes))
+  problems = [f"  missing: {entry.name}" for entry in entries if entry.name not in given]
+  known = {entry.name for entry in entries}
+  problems += [f"  not known: {name}" for short, (name, _) in given.items() if short not in known]
+  leaves: dict[tuple[str, ...], Any] = {}
+  for entry in entries:
+    if entry.name not in given:
+      continue
+    name, array = given[entry.name]
+    shape = shapes[entry.path].shape[entry.index is not None:]
+    array = np.asarray(array)
+    expected = _theirs(entry, shape)
+    if array.shape != expected:
+      problems.append(f"  {name}: shape {list(array.shape)}, expected {list(expected)}")
+      continue
+    array = _ours(array, len(shape), entry)
+    if entry.index is None:
+      leaves[entry.path] = array
+    else:
+      leaves.setdefault(entry.path, {})[entry.index] = array
+  if problems:
+    raise UserError(f"the state dict is not that of this {type(model).__name__}:\n" + "\n".join(problems))
+  whole = {path: np.stack([leaf[i] for i in range(len(leaf))]) if isinstance(leaf, dict) else leaf
+           for path, leaf in leaves.items()}
+  return unflatten_dict({path: jnp.asarray(leaf, shapes[path].dtype) for path, leaf in whole.items()})
+
+
+def subnet(model: MobileNet | ResNet50D, *, d: int | Sequence[int], e: float | Sequence[float],
+           ks: int | Sequence[int] | None = None, w: int | Sequence[int] | None = None,
+           widths: Sequence[int] = (65, 80, 100)) -> Subnet:
+  """A sub-network from the authors' description of it.
+
+  Args:
+    model: The supernet in full.
+    d: Depth of each stage; of a ResNet the stem first, 0 without its residual convolution, then what a
+      stage has more than the least. A scalar stands for all, here and below.
+    e: Expansion for each block of the supernet, those that are left out included.
+    ks: Kernel size for each block of the supernet; not of a ResNet.
+    w: Positions in `widths` for a ResNet: inside the stem, behind it, and for each stage.
+    widths: What the positions mean, in hundredths.
+
+  Raises:
+    ValueError: A list has another length than the network has places.
+
+  Example:
+    >>> from nestnet.models.mobilenet_v3 import MobileNetV3
+    >>> small = subnet(MobileNetV3(10), d=[2, 2, 3, 2, 2], e=[3] * 19 + [6], ks=7)
+    >>> small["layers_3"], small["expand_5"], small["kernel_1"]
+    (3, 3, 7)
+  """
+  stages = list(model.stages) if isinstance(model, MobileNet) else list(STAGES)
+  full = [getattr(model, f"layers_{s}") for s in stages]
+  starts = [0, *itertools.accumulate(full)]
+  sizes: dict[str, Any] = {}
+  if isinstance(model, MobileNet):
+    depths = [min(depth, most) for depth, most in zip(_list("d", d, len(stages)), full)]
+    choices = {"expand": _list("e", e, starts[-1]), "kernel": _list("ks", ks, starts[-1])}
+  else:
+    stem, *more = _list("d", d, len(stages) + 1)
+    depths = [most - 2 + extra for most, extra in zip(full, more)]
+    choices = {"expand": [round(100 * x) for x in _list("e", e, starts[-1])]}
+    sizes["layers_0"] = 2 if stem == 2 else 1
+    for name, position in zip(("stem", 0, *stages), _list("w", w, len(stages) + 2)):
+      sizes[f"width_{name}"] = widths[position]
+  for s, start, depth in zip(stages, starts, depths):
+    sizes[f"layers_{s}"] = depth
+    sizes |= {f"{axis}_{s}": tuple(values[start:start + depth]) for axis, values in choices.items()}
+  return Subnet(**sizes)
+
+
+def _list(name: str, value: Any, count: int) -> list[Any]:
+  if value is None:
+    raise UserError(f"{name} is missing; allowed are a number and a list of {count}")
+  values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+  if len(values) != count:
+    raise UserError(f"{name} lists {len(values)} values; allowed are a number and a list of {count}")
+  return values
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  if not path.is_file():
+    raise MissingFileError(f"no file {path}")
+  try:
+    return safetensors.numpy.load_file(path)
+  except safetensors.SafetensorError as error:
+    raise UserError(f"{path} is no safetensors file ({error}). This makes one from a published file, where "
+                    f"PyTorch is installed:\n  {CONVERT}") from error
+
+
+def _short(name: str) -> str:
+  """A name without the repetitions in which the authors' files differ."""
+  parts = name.replace("mobile_inverted_conv", "conv").split(".")
+  return ".".join(part for part, before in zip(parts, [None, *parts]) if part != before)
+
+
+def _shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+  """Our leaves, with the statistics of the norms."""
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  params = flatten_dict(meta.unbox(abstract_variables(model, image))["params"])
+  shapes = {("params", *path): leaf for path, leaf in params.items()}
+  for path, leaf in params.items():
+    if path[-1] == "scale":
+      shapes |= {(STATISTICS, *path[:-1], key): leaf for key in ("mean", "var")}
+  return shapes
+
+
+def _entries(model, shapes) -> Iterator[_Entry]:
+  """Every leaf of ours, layer by layer, with the authors' name for it."""
+  name_of = _mobilenet_name if isinstance(model, MobileNet) else _resnet_name
+  starts = {}
+  block = int(isinstance(model, MobileNet))
+  for s in (model.stages if isinstance(model, MobileNet) else STAGES):
+    starts[s] = block
+    block += getattr(model, f"layers_{s}")
+  for path, leaf in shapes.items():
+    layers = range(leaf.shape[0]) if REST in path else (None,)
+    for index in layers:
+      yield _Entry(_short(name_of(model, path, index, starts)), path, index)
+
+
+def _block(path, index, starts) -> tuple[int, tuple[str, ...]] | None:
+  """The number of a block in the whole network, and the path inside it; None outside the stages."""
+  stage = re.fullmatch(r"stage_(\d+)", path[1])
+  if not stage:
+    return None
+  position = 0 if index is None else 1 + index
+  return starts[int(stage[1])] + position, path[3:]
+
+
+def _leaf(collection: str, inner: tuple[str, ...]) -> str:
+  """`conv.weight`, `bn.running_mean`, ... of a convolution and its norm."""
+  if inner[0] == "norm":
+    return f"bn.{_NORM[collection, inner[1]]}"
+  if inner[1].startswith("to_"):
+    size = int(inner[1].removeprefix("to_"))
+    return f"conv.{size + 2}to{size}_matrix"
+  return "conv.weight"
+
+
+def _mobilenet_name(model, path, index, starts) -> str:
+  collection, first, *inner = path
+  found = _block(path, index, starts)
+  if found or first == "fixed":
+    number, (part, *inner) = found or (0, inner)
+    if part == "squeeze":
+      return f"blocks.{number}.conv.depth_conv.se.fc.{inner[0]}.{'weight' if inner[1] == 'kernel' else 'bias'}"
+    part = {"expand": "inverted_bottleneck", "depthwise": "depth_conv", "project": "point_linear"}[part]
+    return f"blocks.{number}.conv.{part}.{_leaf(collection, tuple(inner))}"
+  if first == "classifier":
+    return f"classifier.linear.{'weight' if inner[0] == 'kernel' else 'bias'}"
+  if first == "stem":
+    return f"first_conv.{_leaf(collection, tuple(inner))}"
+  if first == "head_1":
+    return "feature_mix_layer.conv.weight"
+  return f"{'final_expand_layer' if len(model.head) == 2 else 'feature_mix_layer'}.{_leaf(collection, tuple(inner))}"
+
+
+def _resnet_name(model, path, index, starts) -> str:
+  collection, first, *inner = path
+  found = _block(path, index, starts)
+  if found:
+    number, (part, *inner) = found
+    part = {"reduce": "conv1", "spatial": "conv2", "expand": "conv3", "shortcut": "downsample"}[part]
+    return f"blocks.{number}.{part}.{_leaf(collection, tuple(inner))}"
+  if first == "classifier":
+    return f"classifier.linear.{'weight' if inner[0] == 'kernel' else 'bias'}"
+  if first == "stem_out":
+    return f"input_stem.2.{_leaf(collection, tuple(inner))}"
+  position, *inner = inner
+  middle = "" if position == "layers_0_0" else "conv."
+  return f"input_stem.{int(position[-1])}.{middle}{_leaf(collection, tuple(inner))}"
+
+
+def _theirs(entry: _Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape in PyTorch's layout."""
+  if len(shape) == 4:
+    return shape[3], shape[2], *shape[:2]
+  if len(shape) == 3:
+    return shape[2], 1, *shape[:2]
+  if len(shape) == 2 and not entry.name.endswith("_matrix"):
+    return shape[::-1] + (() if entry.name.startswith("classifier") else (1, 1))
+  return shape
+
+
+def _ours(array: np.ndarray, rank: int, entry: _Entry) -> np.ndarray:
+  """In our layout: channels last, outputs behind inputs."""
+  if array.ndim == 4:
+    array = array.transpose(2, 3, 1, 0)
+    return array if rank == 4 else array[:, :, 0] if rank == 3 else array[0, 0]
+  return array.T if array.ndim == 2 and not entry.name.endswith("_matrix") else array
