@@ -62,7 +62,7 @@ def cases():
       yield pytest.param(name, case, id=f"{name}-{i}", marks=() if i == 3 else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name, case", cases())
+@pytest.mark.parametrize("name, case", list(cases()))
 def test_logits_and_parameters_are_those_of_the_authors(name, case):
   model, variables, names = supernet(name)
   subnet = ofa.subnet(model, **case["subnet"])
@@ -87,7 +87,7 @@ def test_the_axes_of_every_member_are_those_of_its_module():
 def test_names_of_older_files_are_known():
   keys = read("mbv3_keys")
   old = lambda key: key.replace(".conv.", ".mobile_inverted_conv.", 1).replace(".bn.bn.", ".bn.").replace(
-    "conv.conv.weight", "conv.weight")
+    ".conv.conv.weight", ".conv.weight")
   state = {old(key): np.zeros(shape, np.float32) for key, shape in keys.items()}
   assert set(state) != set(keys)
   ofa.load(MODELS["mbv3"], state | {"first_conv.bn.num_batches_tracked": np.array(0)})
