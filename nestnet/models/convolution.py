@@ -1,4 +1,4 @@
-"""Convolutions, batch normalisation and squeeze-excite with named axes, for images `[batch, rows, columns, channels]`."""
+"""Convolutions, batch normalisation and squeeze-excite with named axes, on `[batch, rows, columns, channels]`."""
 
 from __future__ import annotations
 
