@@ -334,8 +334,8 @@ def _select_layers(tree, axes, depth, subnet, groups, path):
   if REST not in axes or len(first) == len(ids):
     return kept
   if len(first) < own:
-    raise UserError(f"{'/'.join(path)}: {depth}={'+'.join(map(str, ids))} leaves out one of the first {own}, which "
-                    "the others stand on")
+    raise UserError(f"{'/'.join(path)}: {depth}={'+'.join(map(str, ids))} leaves out one of the "
+                    f"first {own}, which the others stand on")
   rest = subnet.behind(depth, own, [i - own for i in ids[own:]])
   return kept | {REST: _take(tree[REST], axes[REST], rest, groups, path + (REST,))}
 

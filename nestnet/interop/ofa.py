@@ -223,7 +223,8 @@ def _mobilenet_name(model, path, index, starts) -> str:
   if found or first == "fixed":
     number, (part, *inner) = found or (0, inner)
     if part == "squeeze":
-      return f"blocks.{number}.conv.depth_conv.se.fc.{inner[0]}.{'weight' if inner[1] == 'kernel' else 'bias'}"
+      kind = "weight" if inner[1] == "kernel" else "bias"
+      return f"blocks.{number}.conv.depth_conv.se.fc.{inner[0]}.{kind}"
     part = {"expand": "inverted_bottleneck", "depthwise": "depth_conv", "project": "point_linear"}[part]
     return f"blocks.{number}.conv.{part}.{_leaf(collection, tuple(inner))}"
   if first == "classifier":
@@ -232,7 +233,8 @@ def _mobilenet_name(model, path, index, starts) -> str:
     return f"first_conv.{_leaf(collection, tuple(inner))}"
   if first == "head_1":
     return "feature_mix_layer.conv.weight"
-  return f"{'final_expand_layer' if len(model.head) == 2 else 'feature_mix_layer'}.{_leaf(collection, tuple(inner))}"
+  last = "final_expand_layer" if len(model.head) == 2 else "feature_mix_layer"
+  return f"{last}.{_leaf(collection, tuple(inner))}"
 
 
 def _resnet_name(model, path, index, starts) -> str:

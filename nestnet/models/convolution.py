@@ -1,4 +1,7 @@
-"""Convolutions, batch normalisation and squeeze-excite with named axes, on `[batch, rows, columns, channels]`."""
+"""Convolutions, batch normalisation and squeeze-excite with named axes.
+
+Images are `[batch, rows, columns, channels]`.
+"""
 
 from __future__ import annotations
 
@@ -219,7 +222,8 @@ class Convolution(nn.Module):
       return (x.reshape(-1, x.shape[-1]) @ weights.astype(x.dtype)).reshape(x.shape[:-1] + (self.features,))
     square = (self.kernel, self.kernel)
     if self.reads:
-      names, shape, rule = f"rows columns {self.reads} -> {self.writes}", square + (x.shape[-1], self.features), None
+      names, rule = f"rows columns {self.reads} -> {self.writes}", None
+      shape = square + (x.shape[-1], self.features)
     else:
       names, shape = f"rows columns -> {self.writes}", square + (self.features,)
       rule = self.choice and (KernelTransform if self.transforms else CentreCrop)(self.choice)

@@ -61,8 +61,8 @@ def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Map
   """
   if lead is not None:
     _check_lengths(sizes, layers, depth)
-    return _Led(lead, block, int(layers), sizes, depth, dict(constants or {}), remat, taps, unroll, name=name)(
-      x, kwargs)
+    led = _Led(lead, block, int(layers), sizes, depth, dict(constants or {}), remat, taps, unroll, name=name)
+    return led(x, kwargs)
   parts = _parts(block, sizes)
   constants = {k: jnp.asarray(v, jnp.float32) for k, v in (constants or {}).items()}
   unroll = min(unroll, layers)

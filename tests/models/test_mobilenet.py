@@ -28,9 +28,10 @@ MOBILE = Supernet(SMALL, mobilenet.space(SMALL, (1, 2, 3), (1, 2, 3), (3, 5)), (
 TRANSFORMED = Supernet(SMALL.clone(transforms=True), MOBILE.space, (INPUT,))
 RES = Supernet(RESNET, resnet50d.space(RESNET, (1, 0)), (INPUT,))
 MIXED = {
-  "MobileNet": ["layers_1=1,layers_2=1", "expand_2=1:3:3,kernel_2=3", "layers_2=0+2,expand_2=3:1,kernel_2=5:3",
-                "expand_1=1,kernel_1=3,layers_2=2,expand_2=1:2"],
-  "ResNet50D": ["layers_0=1", "layers_3=0+2,expand_3=20:35", "width_2=65,expand_1=20,layers_4=1", "width_stem=65"]}
+  "MobileNet": ["layers_1=1,layers_2=1", "expand_2=1:3:3,kernel_2=3",
+                "layers_2=0+2,expand_2=3:1,kernel_2=5:3", "expand_1=1,kernel_1=3,layers_2=2,expand_2=1:2"],
+  "ResNet50D": ["layers_0=1", "layers_3=0+2,expand_3=20:35", "width_2=65,expand_1=20,layers_4=1",
+                "width_stem=65"]}
 
 
 def randomised(net):
@@ -40,7 +41,8 @@ def randomised(net):
   def of(node):
     if is_norm(node):
       shape = node["scale"].shape
-      return {"mean": rng.normal(size=shape).astype(np.float32), "var": rng.uniform(0.5, 2, shape).astype(np.float32)}
+      stats = {"mean": rng.normal(size=shape), "var": rng.uniform(0.5, 2, shape)}
+      return {key: value.astype(np.float32) for key, value in stats.items()}
     found = {k: of(v) for k, v in node.items() if isinstance(v, dict)}
     return {k: v for k, v in found.items() if v}
   return {"params": params, "batch_stats": of(params)}
@@ -139,7 +141,8 @@ def test_a_choice_outside_the_space_names_the_block():
 @pytest.mark.parametrize("model, widths, hidden", [
   (MobileNetV3(10), [16, 24, 40, 80, 112, 160], [96, 144, 144, 144]),
   (MobileNetV3(10, width=1.2), [24, 32, 48, 96, 136, 192], [144, 192, 192, 192]),
-  (ProxylessNAS(10), [24, 32, 56, 104, 128, 248, 416], [144, 192, 192, 192])], ids=["v3", "v3-1.2", "proxyless"])
+  (ProxylessNAS(10), [24, 32, 56, 104, 128, 248, 416], [144, 192, 192, 192])],
+  ids=["v3", "v3-1.2", "proxyless"])
 def test_widths(model, widths, hidden):
   assert [model.channels(s) for s in (0, *model.stages)] == widths
   assert model.hidden(1) == tuple(hidden)
