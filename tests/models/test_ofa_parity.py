@@ -56,12 +56,12 @@ def supernet(name):
 
 
 def cases():
-  """Those of mixed depths, widths and kernels are quick enough for every run; compiling takes the time."""
   for name in MODELS:
     for i, case in enumerate(read(f"{name}_cases")):
-      yield pytest.param(name, case, id=f"{name}-{i}", marks=() if i == 3 else pytest.mark.slow)
+      yield pytest.param(name, case, id=f"{name}-{i}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, case", list(cases()))
 def test_logits_and_parameters_are_those_of_the_authors(name, case):
   model, variables, names = supernet(name)
