@@ -12,12 +12,21 @@ SUBNETS = flags.DEFINE_string("subnets", "", "sub-networks joined by ';'; the sp
                               "by default. Axes left out are as large as they may be")
 
 
+BATCHES = flags.DEFINE_list("calibration_batches", [], "instead, accuracy by the number of batches that calibrate, "
+                            "such as 0,1,4,16: of the smallest sub-network, or of --subnets")
+
+
 def main(argv):
   del argv
   from nestnet import evaluation, report, runs
   run, step, state = runs.opened(WORKDIR.value)
   space = run.supernet.space
   texts = [text for text in SUBNETS.value.split(";") if text.strip()]
+  if BATCHES.value:
+    for member in [space.subnet(text) for text in texts] or [space.smallest]:
+      rows = evaluation.by_calibration(run, state, member, BATCHES.value)
+      print(f"{member}\n{evaluation.calibration_table(rows)}")
+    return
   members = [space.subnet(text) for text in texts] or evaluation.evaluated(space)
   rows = evaluation.evaluate(run, state, members, show_progress=True)
   print(report.table(evaluation.shown(rows)))

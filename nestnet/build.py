@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from nestnet import training
 from nestnet.cli import check_fields
 from nestnet.data import Batches, Dataset, augmentation, load
-from nestnet.errors import UserError
+from nestnet.errors import UserError, one_of
 from nestnet.execution import Supernet, module_of
 from nestnet.imports import by_path
 from nestnet.interop.folder import make_module, module_fields
@@ -35,7 +36,9 @@ GROUPS = {
   "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
             "execution", "per_shard_subnets", "accumulate"),
   "mesh": MESH_AXES,
+  "eval": ("calibrate_images", "calibrate_batch_size"),
 }
+OPTIONAL = ("eval",)
 REQUIRED = {
   "model": ("name",), "recipe": ("sampler", "objective"), "data": ("name",),
   "optim": ("name", "learning_rate"),
@@ -76,8 +79,10 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
 
   Args:
     config: The groups `model`, `space`, `recipe`, `data`, `optim`, `train`, `mesh`, a `seed`, and
-      optionally `phases`: a list of `{"steps": ..., "enter": "package.module:function", ...}` whose
-      other keys override groups. A phase with an `optim` of its own begins with a fresh optimizer.
+      optionally `eval` and `phases`: a list of `{"steps": ..., "enter": ..., ...}` whose other keys
+      override groups. A phase with an `optim` of its own begins with a fresh optimizer. `enter` names a
+      function that makes the phase's transition, as `"package.module:function"`, or as
+      `{"name": "package.module:function", ...}` with options of that function.
     mesh: What to lay it over in place of the config's.
 
   Raises:
@@ -134,8 +139,7 @@ def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh
   for override, (steps, stretch, fresh) in zip(overrides, _stretches(overrides)):
     merged = _merge(config, {k: v for k, v in override.items() if k not in ("steps", "enter")})
     _check(merged)
-    enter = by_path(override["enter"], "transition") if override.get("enter") else None
-    step = _step(merged, dataset, mesh, stretch)
+    enter, step = _transition(override.get("enter")), _step(merged, dataset, mesh, stretch)
     if step.recipe.teacher == "frozen" and not phases and not enter:
       raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
                       "put a phase before it, or name the phase's `enter` that sets a teacher")
@@ -143,10 +147,25 @@ def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh
   return tuple(phases)
 
 
+def _transition(enter: str | Mapping[str, Any] | None) -> training.Transition | None:
+  if not enter:
+    return None
+  options = {"name": enter} if isinstance(enter, str) else dict(enter)
+  name = options.pop("name", "")
+  make = by_path(name, "transition")
+  accepted = inspect.signature(make).parameters
+  for option in options:
+    if option not in accepted:
+      raise one_of(f"option of the transition {name}", option, accepted)
+  return make(**options)
+
+
 def _check(config: Mapping[str, Any]) -> None:
   """Every key is known, and those without which nothing can be built are there."""
   check_fields(config, {"seed": 0, "phases": (), **GROUPS}, "")
   for group, known in GROUPS.items():
+    if group in OPTIONAL and not config.get(group):
+      continue
     if group not in config:
       raise UserError(f"config.{group} is missing")
     if known:
@@ -162,6 +181,9 @@ def _check(config: Mapping[str, Any]) -> None:
     value = config["train"].get(key, 1 if key == "accumulate" else None)
     if not isinstance(value, int) or value < least:
       raise UserError(f"config.train.{key}: got {value}, allowed is a whole number of at least {least}")
+  for key, value in (config.get("eval") or {}).items():
+    if not isinstance(value, int) or value < 1:
+      raise UserError(f"config.eval.{key}: got {value}, allowed is a whole number of at least 1")
   _check_data(config["data"])
   phases, total = config.get("phases") or (), config["train"]["steps"]
   for phase in phases:

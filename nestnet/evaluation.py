@@ -9,13 +9,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from nestnet import cost, processes, report
 from nestnet.build import Run
-from nestnet.data import arrays
+from nestnet.calibrate import calibrate, normalises
+from nestnet.data import Batches, arrays, augmentation
+from nestnet.errors import UserError
 from nestnet.evaluators.classification import classification
 from nestnet.execution import Supernet
 from nestnet.logs import Progress
+from nestnet.models.convolution import STATISTICS
 from nestnet.one_program import OneProgram
 from nestnet.sampling import Member
 from nestnet.sharding import local
@@ -24,6 +28,8 @@ from nestnet.steps import Step, TrainState
 from nestnet.subnet import Subnet
 
 LISTED = 64
+# Of the images that calibrate: the same for every run, so that an evaluation can be repeated.
+CALIBRATION = {"images": 2000, "batch_size": 200, "seed": 0}
 
 
 def evaluated(space: Space) -> list[Subnet]:
@@ -45,27 +51,99 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
   """Rows of `subnets.json`: `subnet`, `params`, `flops` of an image, metrics, and their budget.
 
   Metrics of the test split have plain names (`accuracy`), those of others a prefix
-  (`validation_accuracy`). Processes share the members out, and each gets all rows.
+  (`validation_accuracy`). Members with batch normalisation are calibrated before, on as many training
+  images as `calibration_images` says. Processes share the members out, and each gets all rows.
   """
   data = {split: arrays(run.dataset, split) for split in splits}
   spent, state = budget(run, int(state.step)), local(state)
-  subnets = list(subnets)
+  subnets, images = list(subnets), calibration(run, run.supernet)
+  if images:
+    spent["calibration_images"] = sum(map(len, images))
   share = subnets[jax.process_index()::jax.process_count()]
   progress = Progress(len(share), label="evaluate") if show_progress and processes.first() else None
   rows = []
   for subnet in share:
-    module, variables = run.supernet.module(subnet), run.step.member(state, subnet)
+    module, variables = member(run.step, state, subnet, images)
     row = {"subnet": str(subnet), **costs(run.supernet, subnet)}
-    for split, examples in data.items():
-      prefix = "" if split == "test" else f"{split}_"
-      row |= {prefix + name: value for name, value in classification(module, variables, examples)}
-    rows.append(row | spent)
+    rows.append(row | _metrics(module, variables, data) | spent)
     if progress:
       progress.update(len(rows), row)
   if progress:
     progress.close()
   shares = [json.loads(text) for text in processes.gather(json.dumps(rows))]
   return [shares[i % len(shares)][i // len(shares)] for i in range(len(subnets))]
+
+
+def _metrics(module: nn.Module, variables: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, float]:
+  """Metrics on some splits, those of others than the test split with a prefix."""
+  return {("" if split == "test" else f"{split}_") + name: value for split, examples in data.items()
+          for name, value in classification(module, variables, examples)}
+
+
+def calibration(run: Run, supernet: Supernet, batches: int | None = None) -> list[np.ndarray]:
+  """Batches of training images, augmented as in training, for the statistics of sub-networks.
+
+  There are `config.eval.calibrate_images` of them (2,000 by default, as in Once-for-All) in batches of
+  `config.eval.calibrate_batch_size`; none where the family does not normalise by batches.
+
+  Args:
+    run: Whose images.
+    supernet: The family.
+    batches: How many full batches instead.
+  """
+  if not normalises(supernet.model, supernet.inputs):
+    return []
+  options = run.config.get("eval") or {}
+  count = options.get("calibrate_images", CALIBRATION["images"])
+  size = options.get("calibrate_batch_size", CALIBRATION["batch_size"])
+  count = count if batches is None else batches * size
+  drawn = Batches(run.dataset, "train", size, CALIBRATION["seed"],
+                  augmentation(run.config["data"].get("augment", "none")))
+  return [drawn[i]["image"][:count - i * size] for i in range(-(-count // size))]
+
+
+def member(step: Step, state: TrainState, subnet: Subnet, images: Sequence[np.ndarray]
+           ) -> tuple[nn.Module, dict[str, Any]]:
+  """A sub-network as it is evaluated and extracted: its module and its variables.
+
+  Args:
+    step: Of the family.
+    state: Whose weights.
+    subnet: Which member.
+    images: As from `calibration`: batches that give its statistics, or none where it needs none.
+  """
+  module, variables = step.supernet.module(subnet), step.member(state, subnet)
+  return module, variables | ({STATISTICS: calibrate(module, variables, images)} if len(images) else {})
+
+
+def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence[int | str],
+                   splits: Sequence[str] = ("validation", "test")) -> list[dict[str, Any]]:
+  """What calibration is worth: rows with metrics of one sub-network after so many batches each.
+
+  With 0 batches its statistics are those of the largest network, calibrated on the most batches asked
+  for and cut, which is what running averages in the supernet's training would come to.
+
+  Raises:
+    ValueError: The family has no batch normalisation, or a count is negative.
+  """
+  if not counts or not all(str(count).isdigit() for count in counts):
+    raise UserError(f"batches for calibration: got {list(counts)}, allowed are whole numbers of at least 0")
+  counts = [int(count) for count in counts]
+  state, supernet = local(state), run.supernet
+  data = {split: arrays(run.dataset, split) for split in splits}
+  images = calibration(run, supernet, max(*counts, 1))
+  if not images:
+    raise UserError(f"{type(supernet.model).__name__} has no batch normalisation to calibrate; allowed is an "
+                    "evaluation without --calibration_batches")
+  rows = []
+  for count in counts:
+    module, variables = member(run.step, state, subnet, images[:count])
+    if not count:
+      largest = member(run.step, state, supernet.space.largest, images)[1]
+      variables |= supernet.cut({STATISTICS: largest[STATISTICS]}, subnet)
+    rows.append({"subnet": str(subnet), "calibration_batches": count,
+                 "calibration_images": sum(map(len, images[:count])), **_metrics(module, variables, data)})
+  return rows
 
 
 def costs(supernet: Supernet, subnet: Subnet) -> dict[str, int]:
@@ -165,6 +243,16 @@ def budget_text(row: Mapping[str, Any]) -> str:
           f"{report.human(row['train_flops'])} training FLOPs, seed {row['seed']}")
 
 
+def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Rows of `by_calibration` as a table for the terminal."""
+  names = [name for name in rows[0] if name.endswith("accuracy")]
+  lines = [("batches", "images", *(name.replace("_", " ") for name in names))]
+  for row in rows:
+    batches = str(row["calibration_batches"]) if row["calibration_batches"] else "0 (the largest's, cut)"
+    lines.append((batches, str(row["calibration_images"]), *(f"{row[name]:.1%}" for name in names)))
+  return report.aligned(lines)
+
+
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """The columns of rows that a table of accuracies shows."""
   columns = ("subnet", "params", "flops", "latency_ms", "validation_accuracy", "accuracy")
@@ -182,7 +270,7 @@ def watch(run: Run, step: Step, state: TrainState) -> dict[str, float]:
   if not processes.first():
     return {}
   examples, space = arrays(run.dataset, "validation"), step.supernet.space
+  images = calibration(run, step.supernet)
   return {f"{which}_validation_{name}": value
           for which, subnet in (("largest", space.largest), ("smallest", space.smallest))
-          for name, value in classification(
-            step.supernet.module(subnet), step.member(state, subnet), examples)}
+          for name, value in classification(*member(step, state, subnet, images), examples)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,13 @@ import numpy as np
 
 from nestnet import cost, evaluation, report, runs
 from nestnet.build import Run
+from nestnet.calibrate import average, moments
 from nestnet.data import arrays
 from nestnet.errors import Failure, UserError
 from nestnet.evaluators.classification import batches
+from nestnet.execution import Runnable
 from nestnet.interop.folder import load, save
+from nestnet.models.convolution import STATISTICS
 from nestnet.slicing import take
 from nestnet.steps import TrainState
 from nestnet.subnet import Subnet
@@ -56,10 +60,11 @@ def latencies(run: Run, state: TrainState, rows: Sequence[Mapping[str, Any]]) ->
   image = jnp.zeros((1, *run.dataset.shape), jnp.float32)
   timed = []
   for row in rows:
-    subnet = run.supernet.space.subnet(row["subnet"])
-    apply = run.supernet.module(subnet).apply
-    variables = run.step.member(state, subnet)
-    timed.append({**row, "latency_ms": cost.latency(apply, variables, image).median})
+    # Any statistics take the time of the right ones.
+    images = evaluation.calibration(run, run.supernet, 1)
+    module, variables = evaluation.member(
+      run.step, state, run.supernet.space.subnet(row["subnet"]), [x[:1] for x in images])
+    timed.append({**row, "latency_ms": cost.latency(module.apply, variables, image).median})
   return timed
 
 
@@ -101,7 +106,8 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
       rows = latencies(run, state, rows)
     row = dict(choose(rows, budgets))
   member = run.supernet.space.subnet(row["subnet"])
-  module, variables = run.supernet.module(member), run.step.member(state, member)
+  images = evaluation.calibration(run, run.supernet)
+  module, variables = evaluation.member(run.step, state, member, images)
   provenance = {
     "subnet": str(member), "sizes": dict(member), "parent": {"run": str(workdir), "step": step},
     "space": run.supernet.space.to_json(), "recipe": run.config["recipe"],
@@ -112,12 +118,20 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
   differences = []
   save(out, module, jax.device_get(variables), provenance,
        beside={"objective": jax.device_get(own)} if jax.tree.leaves(own) else None,
-       check=lambda folder: differences.append(verify(run, state, member, folder)))
+       check=lambda folder: differences.append(verify(run, state, member, folder, images)))
   return row, differences[0]
 
 
-def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLike[str]) -> float:
+def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLike[str],
+           calibration: Sequence[np.ndarray] = ()) -> float:
   """The largest difference of logits: the network in `folder` against the slice in place.
+
+  Args:
+    run: The run.
+    state: Whose weights.
+    subnet: Which member.
+    folder: The extracted network.
+    calibration: Batches of images that gave its statistics; the slice is calibrated on them anew.
 
   Raises:
     Failure: They differ by more than 1e-5 of the largest logit.
@@ -125,8 +139,12 @@ def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLik
   images = next(batches(arrays(run.dataset, "validation")["image"][:VERIFIED]))
   module, variables = load(folder, type(run.supernet.model))
   alone = jax.jit(lambda v, x: module.apply(v, x)["logits"])(variables, images)
-  within = jax.jit(lambda s, x: run.supernet.module(subnet).apply(
-    run.step.member(s, subnet), x)["logits"])(state, images)
+  place = Runnable(subnet, lambda s: run.step.member(s["state"], subnet), run.supernet.module(subnet))
+  state = {"state": state}
+  recorded = jax.jit(lambda s, x: moments(place, s, x))
+  stats = {STATISTICS: average(functools.partial(recorded, state), calibration)} if len(calibration) else {}
+  within = jax.jit(lambda s, stats, x: place.module.apply(place.cut(s) | stats, x)["logits"])(
+    state, stats, images)
   alone, within = np.asarray(alone, np.float32), np.asarray(within, np.float32)
   difference = float(np.abs(alone - within).max())
   if difference > TOLERANCE * max(1.0, float(np.abs(within).max())):

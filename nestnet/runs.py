@@ -22,7 +22,7 @@ from nestnet.checkpoint import Checkpoints
 from nestnet.files import atomic_write
 from nestnet.steps import TrainState
 
-MAY_DIFFER = ("train.steps", "train.eval_every", "train.checkpoint_every", "mesh")
+MAY_DIFFER = ("train.steps", "train.eval_every", "train.checkpoint_every", "mesh", "eval")
 
 
 def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progress: bool = True) -> bool:

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nestnet.errors import UserError
+from nestnet.models.convolution import STATISTICS
+
 BATCH = 256
 
 
@@ -23,6 +26,9 @@ def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndar
     module: A network whose outputs have `logits` `[batch, classes]`.
     variables: Its variables.
     data: `image` `[examples, ...]` and `label` `[examples]`.
+
+  Raises:
+    ValueError: The network normalises by batch statistics and is not calibrated.
   """
   logits = [_logits(module, variables, images) for images in batches(data["image"])]
   yield from metrics(np.concatenate(logits), data["label"])
@@ -30,7 +36,15 @@ def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndar
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(module, variables, images):
-  return module.apply(variables, images)["logits"]
+  if STATISTICS in variables:
+    return module.apply(variables, images)["logits"]
+  outputs, recorded = module.apply(variables, images, mutable=[STATISTICS])
+  if jax.tree.leaves(recorded):
+    # Its predictions would depend on which images stand beside one another.
+    raise UserError(f"this {type(module).__name__} is not calibrated: it has batch normalisation and its variables "
+                    f"hold no {STATISTICS!r}; first: variables[{STATISTICS!r}] = "
+                    "nestnet.calibrate.calibrate(module, variables, batches of training images)")
+  return outputs["logits"]
 
 
 def metrics(logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]:
