@@ -158,7 +158,7 @@ def _take(tree, axes, subnet, groups, path):
   depth = _stacked_over(axes)
   if depth and subnet.per_layer(depth):
     return _unstack(tree, axes, depth, subnet, groups, path)
-  depth = _unrolled_over(axes)
+  depth = unrolled_over(axes)
   if depth:
     return _select_layers(tree, axes, depth, subnet, groups, path)
   node = _one_level(lambda t, a, k: _take(t, a, subnet, groups, path + (k,)), tree, axes, path)
@@ -284,7 +284,7 @@ def _has_key(axes: Any, key: str | None) -> bool:
     key in axes or any(_has_key(child, key) for child in axes.values()))
 
 
-def _unrolled_over(axes: Mapping) -> str | None:
+def unrolled_over(axes: Mapping) -> str | None:
   """The depth axis whose layers are this node's children: `layers_0`, `layers_1`, ...
 
   Behind the first ones, which differ, the others may stand together, a stack called `rest`.
@@ -300,7 +300,7 @@ def _unrolled_over(axes: Mapping) -> str | None:
 def _unrolled_axes(axes: Any) -> set[str]:
   if is_axes(axes) or not isinstance(axes, Mapping):
     return set()
-  here = _unrolled_over(axes)
+  here = unrolled_over(axes)
   return {here} - {None} | {d for child in axes.values() for d in _unrolled_axes(child)}
 
 
@@ -342,7 +342,7 @@ def _select_layers(tree, axes, depth, subnet, groups, path):
 
 def _length(tree, axes, depth) -> int:
   """The number of layers in a stack."""
-  return len(axes) if _unrolled_over(axes) == depth else jax.tree.leaves(tree)[0].shape[0]
+  return len(axes) if unrolled_over(axes) == depth else jax.tree.leaves(tree)[0].shape[0]
 
 
 def _ids(size: Size, full: int, depth: str, where: str) -> tuple[int, ...]:

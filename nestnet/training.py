@@ -19,7 +19,23 @@ from nestnet.logs import Logs, NoLogs, Progress
 from nestnet.sharding import put_batch
 from nestnet.steps import Step, TrainState
 
-Transition = Callable[[TrainState], TrainState]
+
+@dataclasses.dataclass(frozen=True)
+class Border:
+  """What stands around the beginning of a phase; a transition may look at it.
+
+  Attributes:
+    before: The step of the phase that ends; None at the beginning of the run.
+    after: The step of the phase that begins. Its `axes` name the axes of the weights.
+    batches: The run's batches, by the number of a step.
+  """
+
+  before: Step | None
+  after: Step
+  batches: Any
+
+
+Transition = Callable[[TrainState, Border], TrainState]
 
 
 class NonFinite(Failure):
@@ -33,8 +49,9 @@ class Phase:
   Attributes:
     steps: Updates in this phase.
     step: What an update does.
-    enter: Pure function of the train state at its beginning, such as a permutation of channels or
-      the growth of a layer. A teacher that the phase before had not is a copy of the parameters.
+    enter: Pure function of the train state at its beginning and of the `Border`, such as a permutation
+      of channels or the growth of a layer; the state it gets is as the phase before left it. A teacher
+      that the phase before had not is a copy of the parameters.
     fresh_optimizer: Whether the optimizer's state begins anew.
   """
 
@@ -84,7 +101,7 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
     start, state = restored or (0, phases[0].step.init())
     current = _phase_at(start, ends)
     if start == 0 and restored is None and phases[0].enter:
-      state = phases[0].enter(state)
+      state = _enter(phases[0], state, Border(None, phases[0].step, batches))
     with processes.Stop() as stop:
       logs = Logs(workdir, start) if processes.first() else NoLogs()
       progress = Progress(total, start) if show_progress and processes.first() else None
@@ -93,7 +110,8 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
         for step in range(start, total):
           if step == ends[current]:
             current += 1
-            state = _enter(phases[current], state)
+            state = _enter(phases[current], state, Border(phases[current - 1].step, phases[current].step,
+                                                         batches))
           phase = phases[current]
           batch = put_batch(batches[step], phase.step.mesh)
           state, metrics = phase.step(state, batch, step)
@@ -145,10 +163,10 @@ def _phase_at(step: int, ends: Sequence[int]) -> int:
   return next((i for i, end in enumerate(ends) if step <= end), len(ends) - 1)
 
 
-def _enter(phase: Phase, state: TrainState) -> TrainState:
+def _enter(phase: Phase, state: TrainState, border: Border) -> TrainState:
   """The state with which a phase begins, from that with which the last one ended."""
   if phase.enter:
-    state = phase.enter(state)
+    state = phase.enter(state, border)
   step = phase.step
   shapes = step.abstract()
   if (state.teacher is None) != (shapes.teacher is None):

@@ -17,6 +17,7 @@ from nestnet import training
 from nestnet.checkpoint import Checkpoints
 from nestnet.errors import UserError
 from nestnet.execution import Supernet
+from nestnet.importance import Sort
 from nestnet.models.layers import Linear
 from nestnet.objectives import Objective, objective
 from nestnet.sampling import sampler
@@ -91,8 +92,9 @@ def same(a, b):
 def test_transition_runs_once_at_the_boundary_and_a_teacher_appears(tmp_path):
   seen = []
 
-  def enter(state):
+  def enter(state, border):
     seen.append(jax.device_get(state))
+    assert (border.before, border.after) == (first, second) and border.batches[4]["label"].shape == (16,)
     return state.replace(trained=jax.tree.map(lambda x: 2 * x, state.trained))
 
   first, second = make(), make(teacher="frozen")
@@ -118,7 +120,7 @@ def test_moments_begin_anew_only_where_asked(tmp_path, fresh):
   still = lambda mask: optax.chain(optax.trace(0.9), optax.scale(0.0))
   seen = []
 
-  def enter(state):
+  def enter(state, border):
     seen.append(jax.device_get(state.opt_state))
     return state
 
@@ -134,8 +136,11 @@ def test_moments_begin_anew_only_where_asked(tmp_path, fresh):
 
 @pytest.mark.parametrize("stop", [4, 6])
 def test_resume_around_a_phase_change_is_exact(tmp_path, stop):
-  """Killed exactly at the end of the first phase, and in the second."""
-  double = lambda state: state.replace(trained=jax.tree.map(lambda x: 2 * x, state.trained))
+  """Killed exactly at the end of the first phase, and in the second; units are sorted by what data say."""
+  def double(state, border):
+    state = Sort("activation", ("mlp",), "nothing")(state, border)
+    return state.replace(trained=jax.tree.map(lambda x: 2 * x, state.trained))
+
   phases = lambda: [Phase(4, make()), Phase(4, make(teacher="ema"), double, fresh_optimizer=True)]
   whole = train(phases(), tmp_path / "whole", every=1)
 

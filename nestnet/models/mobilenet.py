@@ -118,6 +118,17 @@ class MobileNet(nn.Module):
     """The stages, counted from 1."""
     return range(1, len(self.widths))
 
+  @property
+  def tied(self) -> tuple[tuple[str, ...], ...]:
+    """Axes whose units are the same: those of stages that a residual connection joins."""
+    widths = [divisible(self.stem * self.width), *(self.channels(s) for s in (0, *self.stages))]
+    spaces = [["stem"]]
+    for stage, (reads, writes) in enumerate(zip(widths, widths[1:])):
+      if self.strides[stage] != 1 or reads != writes:
+        spaces.append([])
+      spaces[-1].append(f"embed_{stage}")
+    return tuple(tuple(space) for space in spaces if len(space) > 1)
+
   def channels(self, stage: int) -> int:
     """The width of a stage; 0 is the fixed block."""
     return divisible(self.widths[stage] * self.width)

@@ -69,6 +69,8 @@ class ResNet50D(nn.Module):
   unroll: int = 1
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  # Axes whose units are the same.
+  tied = (("stem", "stem_sum"),)
 
   def __post_init__(self):
     if len(self.widths) != len(STAGES):

@@ -78,6 +78,11 @@ class ViT(nn.Module):
       raise UserError(f"ViT: features={self.features} is more than embed={self.embed}")
     super().__post_init__()
 
+  @property
+  def tied(self) -> tuple[tuple[str, ...], ...]:
+    """Axes whose units are the same, shorter ones being leading parts of the first."""
+    return (("embed", "features"),) if self.features else ()
+
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False
                ) -> dict[str, Any]:
