@@ -237,6 +237,18 @@ class Space:
 
   # Encoding.
 
+  @functools.cached_property
+  def genes(self) -> tuple[tuple[str, int], ...]:
+    """What each gene of `encode` chooses, one axis or several that are coupled, and among how many.
+
+    Example:
+      >>> Space(layers=(1, 2), mlp=(8, 16, 32), per_layer=("mlp",)).genes
+      (('layers', 2), ('mlp', 3), ('mlp', 3))
+    """
+    coupled = ((" ".join(names), len(rows)) for names, rows in self._factors.items())
+    free = ((axis, len(values)) for axis, values in self._free.items() for _ in range(self._slots(axis)))
+    return (*coupled, *free)
+
   def encode(self, subnet: Subnet) -> tuple[int, ...]:
     """The genes of a member: one for each factor, and one for each layer of a per-layer axis.
 

@@ -7,8 +7,10 @@ whose layers have sizes of their own is unrolled, its parameters under `layers_0
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +22,20 @@ from nestnet.errors import UserError
 from nestnet.models.switch import Layers, Part, Switched
 
 Block = Callable[..., nn.Module]
+_APPLIED: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar("applied", default=None)
+
+
+@contextlib.contextmanager
+def applied(apply: Callable[..., Any]) -> Iterator[None]:
+  """Within, `apply(module, x, constants, remat, kwargs)` stands for each layer and gives its output.
+
+  A scanned stack asks once for all its layers. What counts or times layers one by one looks here.
+  """
+  token = _APPLIED.set(apply)
+  try:
+    yield
+  finally:
+    _APPLIED.reset(token)
 
 
 def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Mapping[str, Any],
@@ -115,6 +131,8 @@ def _layer(parts: tuple[Part, ...], name: str, position: int = 0) -> nn.Module:
 
 
 def _call(module, x, constants, remat, kwargs):
+  if apply := _APPLIED.get():
+    return apply(module, x, constants, remat, kwargs)
   if not remat:
     return module(x, constants, **kwargs)
   return nn.remat(lambda m, y, c: m(y, c, **kwargs), prevent_cse=False)(module, x, constants)

@@ -1,0 +1,214 @@
+"""Search in a trained run: which member is best within budgets, written down for `extract`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nestnet import charts, evaluation, predict, report, runs
+from nestnet.build import Run
+from nestnet.errors import UserError, one_of
+from nestnet.files import atomic_write
+from nestnet.latency import Latency, LatencyTable
+from nestnet.pieces import Pieces
+from nestnet.search import Candidate, Problem, coarse_to_fine, evolve, front
+from nestnet.steps import TrainState
+from nestnet.subnet import Subnet
+
+METHODS = ("evolution", "nsga2", "coarse_to_fine")
+ACCURACIES = ("auto", "predicted", "measured")
+COSTS = ("params", "flops", "latency_ms")
+
+# Whole networks that latencies are fitted to, and others that tell how well.
+FITTED, CHECKED = 6, 5
+# How many of the best by prediction are measured.
+VERIFIED = 8
+CHARTED = 2000
+
+
+def search_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], budgets: Mapping[str, float],
+               method: str = "evolution", accuracy: str = "auto", costs: Sequence[str] = (),
+               samples: int = 500, population: int = 100, generations: int | None = None, seed: int = 0,
+               beyond_pool: bool = False) -> dict[str, Any]:
+  """Searches the family of a run, and writes `search.json`, `search.md` and `search.png` to `out`.
+
+  Measured accuracies are of the validation split, and kept in the run's folder with the table of
+  latencies: the same search again, or another, goes on from them.
+
+  Args:
+    workdir: A run with a checkpoint.
+    out: The folder to write.
+    budgets: Limits by column, such as `{"flops": 1e6}`; of `COSTS`.
+    method: `"evolution"`, `"nsga2"` (a front of accuracy against `costs`) or `"coarse_to_fine"`.
+    accuracy: `"predicted"`: an MLP learns from `samples` random members that are evaluated; the best by
+      it are then measured. `"measured"`: every member that the search looks at. `"auto"`: measured for
+      `"coarse_to_fine"` and where the family has no more than `samples` members.
+    costs: What the front is against; by default those with a budget, or FLOPs.
+    samples: Members that the predictor learns from, of which a fifth (at most 100) only tests it.
+    population: Members of a generation.
+    generations: How many; by default 500, for `"nsga2"` 40, for `"coarse_to_fine"` 5.
+    seed: Of the search, of the sample and of the predictor.
+    beyond_pool: Whether the whole space is searched where it has a pool, and not the pool alone.
+
+  Returns:
+    What `search.json` holds: `subnet` (text) and `row` of the best, `found` (rows of all that were
+    measured at the end: for `"nsga2"` the front), how it was searched, and the predictor's quality.
+
+  Raises:
+    ValueError: An unknown name, a number out of range, or budgets that nothing fits.
+  """
+  for what, got, allowed in (("method", method, METHODS), ("accuracy", accuracy, ACCURACIES),
+                             *(("cost", name, COSTS) for name in (*costs, *budgets))):
+    if got not in allowed:
+      raise one_of(what, got, allowed)
+  for name, limit in budgets.items():
+    if not limit > 0:
+      raise UserError(f"budget of {name}: got {limit:g}, allowed is more than 0")
+  if samples < 20:
+    raise UserError(f"samples: got {samples}, allowed is at least 20")
+  if not budgets and method != "nsga2":
+    raise UserError("give a budget: any of --max_params, --max_flops, --max_latency_ms; without one the "
+                    "largest is the best. --method=nsga2 needs none")
+  run, step, state = runs.opened(workdir)
+  searched = _Searched(run, step, state, pathlib.Path(workdir), seed, beyond_pool)
+  # The first cost is the horizontal axis of the chart.
+  against = list(costs or budgets or ("flops",))
+  wanted = list(dict.fromkeys([*against, *budgets, "params", "flops"]))
+  measured = accuracy == "measured" or (accuracy == "auto" and (
+    method == "coarse_to_fine" or searched.small(samples)))
+  quality: dict[str, Any] = {}
+  functions = searched.costs(wanted)
+  # Whether anything fits is said before time is spent on a predictor.
+  probe = Problem(searched.space, lambda members: np.zeros(len(members)), functions, budgets)
+  if budgets:
+    evolve(probe, population=population, generations=1, seed=seed)
+  ask = searched.measured if measured else searched.predictor(samples, quality)
+  problem = Problem(searched.space, ask, functions, budgets)
+  found = _found(problem, method, against, population, generations, seed, measured)
+  rows = searched.rows(found, problem)
+  best = max(rows, key=lambda r: (r["validation_accuracy"], -r[against[0]]))
+  result = {
+    "subnet": best["subnet"], "row": best, "found": rows, "method": method, "budgets": dict(budgets),
+    "accuracy": "measured" if measured else "predicted", "seed": seed, "members_looked_at": len(problem.seen),
+    "run": str(workdir), "step": step} | {k: v for k, v in (("predictor", quality), (
+      "latency", searched.latency_report)) if v}
+  _write(pathlib.Path(out), result, problem, against[0], evaluation.title(run))
+  return result
+
+
+def _found(problem: Problem, method: str, against: Sequence[str], population: int, generations: int | None,
+           seed: int, measured: bool) -> list[Subnet]:
+  """The members that are worth measuring: the front, or the best by accuracy."""
+  if method == "nsga2":
+    trials = population * (40 if generations is None else generations)
+    return [c.subnet for c in front(problem, against, population=population, trials=trials, seed=seed)]
+  if method == "evolution":
+    best = evolve(problem, population=population, seed=seed,
+                  generations=500 if generations is None else generations)
+  else:
+    best = coarse_to_fine(problem, population=population, seed=seed,
+                          generations=5 if generations is None else generations)
+  if measured:
+    return [best.subnet]
+  ranked = sorted(problem.seen.values(), key=lambda c: (-c.accuracy, str(c.subnet)))
+  return [c.subnet for c in ranked[:VERIFIED]]
+
+
+class _Searched:
+  """A run as a search sees it."""
+
+  def __init__(self, run: Run, step: int, state: TrainState, workdir: pathlib.Path, seed: int,
+               beyond_pool: bool):
+    self.run, self.step, self.state, self.workdir, self.seed = run, step, state, workdir, seed
+    space = run.supernet.space
+    self.space = space.without_pool() if beyond_pool else space
+    self.latency_report: dict[str, Any] = {}
+
+  def small(self, samples: int) -> bool:
+    try:
+      return bool(self.space.pool) or self.space.size <= samples
+    except UserError:
+      return False
+
+  def costs(self, names: Sequence[str]) -> dict[str, Callable[[Subnet], float]]:
+    pieces = Pieces(self.run.supernet)
+    functions: dict[str, Callable[[Subnet], float]] = {
+      "params": lambda m: pieces.costs(m)["params"], "flops": lambda m: pieces.costs(m)["flops"]}
+    if "latency_ms" in names:
+      functions["latency_ms"] = self._latency()
+    return {name: functions[name] for name in names}
+
+  def _latency(self) -> Latency:
+    latency = Latency(self.run.supernet, LatencyTable(self.workdir / "latency.json"))
+    whole = self.run.supernet.space.without_pool()
+    ends = [whole.smallest, whole.largest]
+    drawn = [m for m in predict.drawn(whole, FITTED + CHECKED) if m not in ends]
+    latency.fit([*ends, *drawn[:FITTED - 2]])
+    if checked := drawn[FITTED - 2:][:CHECKED]:
+      error = latency.error(checked)
+      self.latency_report = {"device": latency.table.device, "median_error": error.median,
+                             "largest_error": error.largest, "networks": len(checked)}
+    return latency
+
+  def measured(self, members: list[Subnet]) -> list[float]:
+    """Validation accuracies of members, from the run's file or evaluated."""
+    rows = predict.evaluated(
+      self.workdir / f"members_{self.step}.jsonl", members,
+      lambda some: evaluation.evaluate(self.run, self.state, some, splits=("validation",)))
+    return [row["validation_accuracy"] for row in rows]
+
+  def predictor(self, samples: int, quality: dict[str, Any]) -> predict.Predictor:
+    members = predict.drawn(self.space, samples, self.seed)
+    accuracies = self.measured(members)
+    held = min(100, len(members) // 5)
+    made = predict.train(self.space, members[held:], accuracies[held:], self.seed)
+    quality.update(predict.quality(made(members[:held]), accuracies[:held]), held_out=held,
+                   learned_from=len(members) - held)
+    return made
+
+  def rows(self, members: list[Subnet], problem: Problem) -> list[dict[str, Any]]:
+    """Members measured on both splits, with what the search took them for."""
+    return [{**row, **problem.seen[m].costs, "searched_accuracy": problem.seen[m].accuracy}
+            for m, row in zip(members, evaluation.evaluate(self.run, self.state, members))]
+
+
+def _write(out: pathlib.Path, result: Mapping[str, Any], problem: Problem, cost: str, title: str) -> None:
+  metric = f"{result['accuracy']}_accuracy"
+  candidates: list[Candidate] = list(problem.seen.values())
+  if len(candidates) > CHARTED:
+    chosen = np.random.default_rng(0).choice(len(candidates), CHARTED, replace=False)
+    candidates = list({id(c): c for c in (*(candidates[i] for i in sorted(chosen)), *(
+      problem.seen[problem.space.subnet(r["subnet"])] for r in result["found"]))}.values())
+  # A long name would be wider than the chart.
+  points = [{"subnet": textwrap.shorten(str(c.subnet).replace(",", ", "), 90), metric: c.accuracy, **c.costs}
+            for c in candidates]
+  atomic_write(out / "search.json", json.dumps(result, indent=2) + "\n")
+  atomic_write(out / "search.md", f"{summary(result)}\n\n{table(result)}\n")
+  charts.pareto_chart(out / "search.png", points, cost=cost, metric=metric, title=f"{title}: {result['method']}",
+                      budget=f"{len(problem.seen)} members looked at; {evaluation.budget_text(result['row'])}")
+
+
+def table(result: Mapping[str, Any]) -> str:
+  """The measured members of a result."""
+  return report.table(evaluation.shown(result["found"]))
+
+
+def summary(result: Mapping[str, Any]) -> str:
+  """What was searched and how well its predictions held, in a few lines."""
+  budgets = ", ".join(f"{name} of at most {limit:g}" for name, limit in result["budgets"].items()) or "none"
+  lines = [f"{result['method']}, {result['accuracy']} accuracy, budgets: {budgets}, seed {result['seed']}; "
+           f"{result['members_looked_at']} members looked at, at step {result['step']}"]
+  if quality := result.get("predictor"):
+    lines.append(f"predictor: Kendall's tau {quality['kendall_tau']:.3f}, RMSE {100 * quality['rmse']:.2f} points "
+                 f"on {quality['held_out']} held-out members, learned from {quality['learned_from']}")
+  if latency := result.get("latency"):
+    lines.append(f"latency from a table: {100 * latency['median_error']:.0f}% off in the median, "
+                 f"{100 * latency['largest_error']:.0f}% at most, on {latency['networks']} whole networks "
+                 f"({latency['device']})")
+  return "\n".join(lines)
