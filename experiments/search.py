@@ -14,8 +14,8 @@ PARAMS = flags.DEFINE_float("max_params", None, "at most so many parameters")
 FLOPS = flags.DEFINE_float("max_flops", None, "at most so many FLOPs for an image")
 LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many milliseconds for an image, here")
 METHOD = flags.DEFINE_enum("method", "evolution", ["evolution", "nsga2", "coarse_to_fine"], "how to search")
-COSTS = flags.DEFINE_list("costs", [], "what nsga2 weighs against accuracy: params, flops, latency_ms; by "
-                          "default those with a budget, or flops")
+COSTS = flags.DEFINE_list("costs", [], "what nsga2 weighs against accuracy: params, flops, latency_ms; "
+                          "by default those with a budget, or flops")
 ACCURACY = flags.DEFINE_enum("accuracy", "auto", ["auto", "predicted", "measured"], "by a predictor, or by "
                              "evaluating each; auto measures small families and coarse_to_fine")
 SAMPLES = flags.DEFINE_integer("samples", 500, "random members that the predictor learns from")

@@ -20,7 +20,7 @@ from nestnet.subnet import Subnet
 
 _STREAM = 13
 _TRIES = 10
-_ROUNDS = 100
+_IDLE = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +235,7 @@ def front(problem: Problem, costs: Sequence[str], *, population: int = 50, trial
     return undominated(problem.look(every), costs)
   rng, space = np.random.default_rng((_STREAM, seed)), problem.space
   optuna.logging.set_verbosity(optuna.logging.WARNING)
-  sampler = optuna.samplers.NSGAIISampler(
-    population_size=population, seed=seed, constraints_func=lambda trial: (trial.user_attrs["excess"],))
+  sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
   study = optuna.create_study(directions=["maximize", *("minimize" for _ in costs)], sampler=sampler)
   names = [f"gene_{i}" for i in range(len(space.genes))]
   for member in fitting(problem, population // 2, rng):
@@ -251,7 +250,7 @@ def front(problem: Problem, costs: Sequence[str], *, population: int = 50, trial
       if member not in inside:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         continue
-      trial.set_user_attr("excess", inside[member])
+      trial.set_constraint("excess", inside[member])
       # What exceeds a budget is compared by its excess alone.
       study.tell(trial, (accuracies.get(member, 0.0), *(problem.cost(name, member) for name in costs)))
   return undominated(problem.seen.values(), costs)
@@ -277,7 +276,7 @@ def fitting(problem: Problem, count: int, rng: np.random.Generator) -> list[Subn
   space = problem.space.without_pool()
   drawn = dict.fromkeys(space.sample(rng) for _ in range(10 * count))
   found = [m for m in drawn if problem.fits(m)][:count]
-  if len(found) < count:
+  if len(found) < max(2, count // 4):
     bred = _cheapest(space, [space.smallest, *drawn], problem.excess, count, rng)
     found = list(dict.fromkeys([*found, *(m for m in bred if problem.fits(m))]))[:count]
   if not found:
@@ -291,13 +290,15 @@ def _cheapest(space: Space, start: Iterable[Subnet], cost: Callable[[Subnet], fl
               rng: np.random.Generator) -> list[Subnet]:
   """Members bred for a low cost; one that is low enough (0) need not be lower."""
   rank = lambda m: (max(cost(m), 0.0), str(m))
-  ranked = sorted(start, key=rank)[:count]
-  for _ in range(_ROUNDS):
+  ranked, idle = sorted(start, key=rank)[:count], 0
+  while idle < _IDLE:
     mutants = (mutate(space, ranked[rng.integers(max(1, len(ranked) // 4))], rng, 0.1) for _ in range(count))
     better = sorted(dict.fromkeys([*ranked, *(m for m in mutants if m is not None)]), key=rank)[:count]
-    if cost(better[-1]) <= 0 and len(better) == count:
+    low = sum(cost(m) <= 0 for m in better)
+    if low == count:
       return better
-    ranked = better
+    further = cost(better[0]) < cost(ranked[0]) or low > sum(cost(m) <= 0 for m in ranked)
+    ranked, idle = better, 0 if further else idle + 1
   return ranked
 
 

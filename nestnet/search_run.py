@@ -17,7 +17,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.files import atomic_write
 from nestnet.latency import Latency, LatencyTable
 from nestnet.pieces import Pieces
-from nestnet.search import Candidate, Problem, coarse_to_fine, evolve, front
+from nestnet.search import Problem, coarse_to_fine, evolve, fitting, front
 from nestnet.steps import TrainState
 from nestnet.subnet import Subnet
 
@@ -70,8 +70,10 @@ def search_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bud
   for name, limit in budgets.items():
     if not limit > 0:
       raise UserError(f"budget of {name}: got {limit:g}, allowed is more than 0")
-  if samples < 20:
-    raise UserError(f"samples: got {samples}, allowed is at least 20")
+  for what, got, least in (("samples", samples, 20), ("population", population, 4),
+                           ("generations", 1 if generations is None else generations, 1)):
+    if got < least:
+      raise UserError(f"{what}: got {got}, allowed is at least {least}")
   if not budgets and method != "nsga2":
     raise UserError("give a budget: any of --max_params, --max_flops, --max_latency_ms; without one the "
                     "largest is the best. --method=nsga2 needs none")
@@ -85,9 +87,9 @@ def search_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bud
   quality: dict[str, Any] = {}
   functions = searched.costs(wanted)
   # Whether anything fits is said before time is spent on a predictor.
-  probe = Problem(searched.space, lambda members: np.zeros(len(members)), functions, budgets)
-  if budgets:
-    evolve(probe, population=population, generations=1, seed=seed)
+  probe = Problem(searched.space, searched.measured, functions, budgets)
+  if budgets and probe.listed(population) is None:
+    fitting(probe, 1, np.random.default_rng(seed))
   ask = searched.measured if measured else searched.predictor(samples, quality)
   problem = Problem(searched.space, ask, functions, budgets)
   found = _found(problem, method, against, population, generations, seed, measured)
@@ -180,18 +182,17 @@ class _Searched:
 
 def _write(out: pathlib.Path, result: Mapping[str, Any], problem: Problem, cost: str, title: str) -> None:
   metric = f"{result['accuracy']}_accuracy"
-  candidates: list[Candidate] = list(problem.seen.values())
-  if len(candidates) > CHARTED:
-    chosen = np.random.default_rng(0).choice(len(candidates), CHARTED, replace=False)
-    candidates = list({id(c): c for c in (*(candidates[i] for i in sorted(chosen)), *(
-      problem.seen[problem.space.subnet(r["subnet"])] for r in result["found"]))}.values())
+  every, found = list(problem.seen.values()), {row["subnet"] for row in result["found"]}
+  candidates = [c for i, c in enumerate(every)
+                if i % -(-len(every) // CHARTED) == 0 or str(c.subnet) in found]
   # A long name would be wider than the chart.
   points = [{"subnet": textwrap.shorten(str(c.subnet).replace(",", ", "), 90), metric: c.accuracy, **c.costs}
             for c in candidates]
   atomic_write(out / "search.json", json.dumps(result, indent=2) + "\n")
   atomic_write(out / "search.md", f"{summary(result)}\n\n{table(result)}\n")
-  charts.pareto_chart(out / "search.png", points, cost=cost, metric=metric, title=f"{title}: {result['method']}",
-                      budget=f"{len(problem.seen)} members looked at; {evaluation.budget_text(result['row'])}")
+  charts.pareto_chart(
+    out / "search.png", points, cost=cost, metric=metric, title=f"{title}: {result['method']}",
+    budget=f"{len(every)} members looked at; {evaluation.budget_text(result['row'])}")
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -205,8 +206,8 @@ def summary(result: Mapping[str, Any]) -> str:
   lines = [f"{result['method']}, {result['accuracy']} accuracy, budgets: {budgets}, seed {result['seed']}; "
            f"{result['members_looked_at']} members looked at, at step {result['step']}"]
   if quality := result.get("predictor"):
-    lines.append(f"predictor: Kendall's tau {quality['kendall_tau']:.3f}, RMSE {100 * quality['rmse']:.2f} points "
-                 f"on {quality['held_out']} held-out members, learned from {quality['learned_from']}")
+    lines.append(f"predictor: Kendall's tau {quality['kendall_tau']:.3f}, RMSE {100 * quality['rmse']:.2f} "
+                 f"points on {quality['held_out']} held-out members, learned from {quality['learned_from']}")
   if latency := result.get("latency"):
     lines.append(f"latency from a table: {100 * latency['median_error']:.0f}% off in the median, "
                  f"{100 * latency['largest_error']:.0f}% at most, on {latency['networks']} whole networks "

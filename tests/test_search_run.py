@@ -1,0 +1,58 @@
+"""Search in a trained run, through its command line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from nestnet import cli, evaluation, report, runs, search_run
+from nestnet.data import load
+
+DEFAULT = pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits_vit.py"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, prepared_data):
+  load("digits")
+  workdir = tmp_path_factory.mktemp("runs") / "digits_vit"
+  config = cli.load_config(str(DEFAULT))
+  with config.unlocked():
+    config.model.update(layers=2, embed=16, heads=4, mlp=16, patch=4, head_dim=4)
+    config.train.update(steps=4, batch_size=8, log_every=1)
+    config.space.update(layers=(1, 2), embed=(8, 16), heads=(4,), mlp=(16,),
+                        pool=("layers=1,embed=8", "layers=2,embed=16"))
+    config.optim.warmup_steps = 1
+  assert runs.train(config, workdir, show_progress=False)
+  return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", search_run.METHODS)
+def test_the_result_is_the_best_that_fits(finished, tmp_path, method):
+  run, step, state = runs.opened(finished)
+  space = run.supernet.space
+  rows = evaluation.evaluate(run, state, space, splits=("validation",))
+  limit = sorted(row["flops"] for row in rows)[2]
+  result = search_run.search_run(finished, tmp_path, {"flops": limit}, method, beyond_pool=True, population=8)
+  best = max(row["validation_accuracy"] for row in rows if row["flops"] <= limit)
+  assert result["row"]["validation_accuracy"] == best and result["row"]["flops"] <= limit
+  assert result["members_looked_at"] == 3 and result["accuracy"] == "measured" and result["step"] == step
+  assert all(row["flops"] <= limit for row in result["found"])
+  if method == "nsga2":
+    front = report.pareto([r for r in rows if r["flops"] <= limit], "flops", "validation_accuracy")
+    assert [r["subnet"] for r in result["found"]] == [r["subnet"] for r in front]
+  assert json.loads((tmp_path / "search.json").read_text()) == result
+  assert result["subnet"] in (tmp_path / "search.md").read_text()
+  assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+  # Nothing is evaluated twice.
+  lines = (finished / f"members_{step}.jsonl").read_text().splitlines()
+  assert len({json.loads(line)["subnet"] for line in lines}) == len(lines) == 3
+
+
+@pytest.mark.slow
+def test_a_pool_is_not_left(finished, tmp_path):
+  result = search_run.search_run(finished, tmp_path, {"params": 1e9})
+  pool = runs.opened(finished)[0].supernet.space.pool
+  assert result["members_looked_at"] == len(pool) and result["subnet"] in map(str, pool)
