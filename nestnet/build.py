@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from nestnet import phases as stretches
 from nestnet import training
 from nestnet.cli import check_fields
 from nestnet.data import Batches, Dataset, augmentation, load
@@ -21,24 +22,29 @@ from nestnet.interop.folder import make_module, module_fields
 from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
-from nestnet.sampling import Sampler, on_shards, sampler
+from nestnet.sampling import Context, Sampler, on_shards, sampler
 from nestnet.sharding import MESH_AXES, batch_part, batch_sharding, batch_shards, make_mesh
 from nestnet.space import Space
 from nestnet.steps import Recipe, Step
+from nestnet.subnet import Subnet
 
+# What a schedule may be told beside its rate and its warm-up; the same names as in `optim.schedule`.
+SCHEDULE = ("floor", "decay_rate", "decay_share", "milestones")
 GROUPS = {
   "model": None,
   "space": None,
-  "recipe": ("name", "sampler", "objective", "teacher", "ema", "select", "untouched", "subnet"),
+  "recipe": ("name", "sampler", "objective", "teacher", "ema", "select", "judge", "untouched", "subnet"),
   "data": ("name", "data_dir", "augment", "shape", "classes"),
-  "optim": ("name", "learning_rate", "schedule", "warmup_steps", "weight_decay", "clip_norm", "momentum",
-            "b1", "b2"),
+  "optim": ("name", "learning_rate", "factor", "schedule", "warmup_steps", "warmup_share", *SCHEDULE,
+            "weight_decay", "coupled", "clip_norm", "clip_value", "momentum", "b1", "b2", "epsilon"),
   "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
             "execution", "per_shard_subnets", "accumulate"),
   "mesh": MESH_AXES,
   "eval": ("calibrate_images", "calibrate_batch_size"),
 }
 OPTIONAL = ("eval",)
+# What a phase says beside overrides of groups.
+PHASE = ("steps", "share", "enter", "open")
 REQUIRED = {
   "model": ("name",), "recipe": ("sampler", "objective"), "data": ("name",),
   "optim": ("name", "learning_rate"),
@@ -79,10 +85,11 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
 
   Args:
     config: The groups `model`, `space`, `recipe`, `data`, `optim`, `train`, `mesh`, a `seed`, and
-      optionally `eval` and `phases`: a list of `{"steps": ..., "enter": ..., ...}` whose other keys
-      override groups. A phase with an `optim` of its own begins with a fresh optimizer. `enter` names a
-      function that makes the phase's transition, as `"package.module:function"`, or as
-      `{"name": "package.module:function", ...}` with options of that function.
+      optionally `eval` and `phases`: a list of dicts. Each has its `steps`, or a `share` of `train.steps`;
+      may name a function that makes the transition at its beginning, `enter="package.module:function"`, or
+      `{"name": "package.module:function", ...}` with options of that function; and how many of the largest
+      choices of axes are open in it, `open={"kernel": 1}`. Its other keys override groups. A phase with an
+      `optim` of its own begins with a fresh optimizer.
     mesh: What to lay it over in place of the config's.
 
   Raises:
@@ -135,11 +142,13 @@ def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh
   if size % (batch_shards(mesh) * parts):
     raise UserError(f"config.train.batch_size: got {size}, allowed is a multiple of the {batch_shards(mesh)} "
                     f"devices of mesh.data and mesh.fsdp{f', times train.accumulate={parts}' * (parts > 1)}")
-  overrides, phases = config.get("phases") or [{"steps": config["train"]["steps"]}], []
-  for override, (steps, stretch, fresh) in zip(overrides, _stretches(overrides)):
-    merged = _merge(config, {k: v for k, v in override.items() if k not in ("steps", "enter")})
+  overrides, phases, first = config.get("phases") or [{}], [], 0
+  for override, (steps, stretch, fresh) in zip(overrides, _stretches(overrides, phase_steps(config))):
+    merged = _merge(config, {k: v for k, v in override.items() if k not in PHASE})
     _check(merged)
-    enter, step = _transition(override.get("enter")), _step(merged, dataset, mesh, stretch)
+    merged["space"] = stretches.opened(merged["space"], override.get("open") or {})
+    enter, step = _transition(override.get("enter")), _step(merged, dataset, mesh, stretch, (first, steps))
+    first += steps
     if step.recipe.teacher == "frozen" and not phases and not enter:
       raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
                       "put a phase before it, or name the phase's `enter` that sets a teacher")
@@ -185,12 +194,9 @@ def _check(config: Mapping[str, Any]) -> None:
     if not isinstance(value, int) or value < 1:
       raise UserError(f"config.eval.{key}: got {value}, allowed is a whole number of at least 1")
   _check_data(config["data"])
-  phases, total = config.get("phases") or (), config["train"]["steps"]
-  for phase in phases:
-    check_fields(phase, dict.fromkeys(("steps", "enter", "model", "space", "recipe", "optim")), "phases")
-  if phases and sum(phase.get("steps") or 0 for phase in phases) != total:
-    raise UserError(f"the steps of config.phases must add up to train.steps={total}, got "
-                    f"{[phase.get('steps') for phase in phases]}")
+  for phase in config.get("phases") or ():
+    check_fields(phase, dict.fromkeys((*PHASE, "model", "space", "recipe", "optim")), "phases")
+  phase_steps(config)
 
 
 def _check_data(data: Mapping[str, Any]) -> None:
@@ -203,30 +209,56 @@ def _check_data(data: Mapping[str, Any]) -> None:
     raise UserError(f"config.data.classes: got {classes}, allowed is a whole number of at least 2")
 
 
-def _stretches(phases: Sequence[Mapping]) -> list[tuple[int, int, bool]]:
+def phase_steps(config: Mapping[str, Any], steps: int | None = None) -> list[int]:
+  """The steps of each phase of a run of `train.steps`, or of `steps`.
+
+  Raises:
+    ValueError: The phases do not make up so many.
+  """
+  total = config["train"]["steps"] if steps is None else steps
+  return stretches.lengths(config["phases"], total) if config.get("phases") else [total]
+
+
+def _stretches(phases: Sequence[Mapping], steps: Sequence[int]) -> list[tuple[int, int, bool]]:
   """For each phase: its steps, those of the optimizer that it runs under, whether that begins here."""
-  steps = [p["steps"] for p in phases]
   begins = [i for i, p in enumerate(phases) if i == 0 or "optim" in p]
   lengths = {b: sum(steps[b:e]) for b, e in zip(begins, [*begins[1:], len(phases)])}
   return [(n, lengths[max(b for b in begins if b <= i)], i in begins[1:]) for i, n in enumerate(steps)]
 
 
-def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, steps: int) -> Step:
+def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, stretch: int,
+          phase: tuple[int, int]) -> Step:
+  """The step of a phase, given the steps of its optimizer, and its own first step and number of steps."""
   supernet = _supernet(config, dataset)
   recipe, optim, seed = config["recipe"], dict(config["optim"]), config.get("seed", 0)
   shards = config["mesh"].get("data", 1) if config["train"].get("per_shard_subnets") else 1
   made = Recipe(
-    _sampler(recipe["sampler"], supernet.space, seed, shards), objective(**recipe["objective"]),
-    **{k: recipe[k] for k in ("teacher", "ema", "select", "untouched") if k in recipe})
-  rate = schedule(optim.pop("schedule", "constant"), optim.pop("learning_rate"),
-                  optim.pop("warmup_steps", 0), steps)
+    _sampler(recipe["sampler"], supernet.space, seed, shards, Context(*phase, _cost(supernet))),
+    objective(**recipe["objective"]),
+    **{k: recipe[k] for k in ("teacher", "ema", "select", "judge", "untouched") if k in recipe})
+  warmup = optim.pop("warmup_steps", 0) + round(optim.pop("warmup_share", 0.0) * stretch)
+  highest = optim.pop("learning_rate") * optim.pop("factor", 1.0)
+  rate = schedule(optim.pop("schedule", "constant"), highest, warmup, stretch,
+                  **{k: optim.pop(k) for k in SCHEDULE if k in optim})
   return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed,
               config["train"].get("execution", "auto"), config["train"].get("accumulate", 1))
 
 
-def _sampler(options: Mapping[str, Any], space: Space, seed: int, shards: int) -> Sampler:
+@functools.lru_cache(maxsize=32)
+def _cost(supernet: Supernet) -> Callable[[Subnet], float]:
+  """The FLOPs of members, counted when one is asked for."""
+  @functools.cache
+  def counter():
+    # Evaluation is built on this module.
+    from nestnet import evaluation
+    return evaluation.member_flops(supernet)
+
+  return functools.cache(lambda subnet: counter()(subnet, False))
+
+
+def _sampler(options: Mapping[str, Any], space: Space, seed: int, shards: int, context: Context) -> Sampler:
   """One sampler; or one for each data shard, with seeds that no other run's shards have."""
-  options = dict(options)
+  options = dict(options) | {"context": context}
   name = options.pop("name")
   if shards == 1:
     return sampler(name, space, seed, **options)
@@ -266,6 +298,9 @@ def _space(config: Mapping[str, Any], fields: tuple[str, ...]) -> dict[str, Any]
 
 def _merge(base: Any, override: Any) -> Any:
   if not isinstance(base, dict) or not isinstance(override, dict):
+    return override
+  if override.get("name", base.get("name")) != base.get("name"):
+    # Options belong to what is named.
     return override
   return base | {k: _merge(base.get(k), v) for k, v in override.items()}
 

@@ -7,6 +7,7 @@ same call does only what is missing.
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -154,21 +155,22 @@ def _plan_family(family: tuple[str, ...], group: list[dict[str, Any]], seeds: in
   for config in alone:
     for size in family:
       own = config | {"recipe": config["recipe"] | {"subnet": size}}
-      for k, (seed, flops) in enumerate(_flops_by_step(own, seeds)):
-        total = sum(map(flops, range(own["train"]["steps"])))
+      for k, (seed, flops) in enumerate(_flops_of_steps(own, seeds)):
+        total = flops(own["train"]["steps"])
         spent[k] += total
         yield _task(own, seed, root, family, (size,), size, tuple(budgets), total)
   for config in group:
     if config in alone:
       continue
-    for k, (seed, flops) in enumerate(_flops_by_step(config, seeds)):
+    for k, (seed, flops) in enumerate(_flops_of_steps(config, seeds)):
       by_steps: dict[int, list[str]] = {}
       for budget in budgets:
-        steps = config["train"]["steps"] if budget == "equal steps" else _steps_for(flops, spent[k])
+        steps = config["train"]["steps"] if budget == "equal steps" else _steps_for(
+          flops, spent[k], len(config.get("phases") or [0]))
         by_steps.setdefault(steps, []).append(budget)
       for steps, names in by_steps.items():
         own = config | {"train": config["train"] | {"steps": steps}}
-        total = sum(map(flops, range(steps)))
+        total = flops(steps)
         yield _task(own, seed, root, family, family, "+".join(_axes(family)), tuple(names), total)
 
 
@@ -183,27 +185,43 @@ def _task(config: dict[str, Any], seed: int, root: pathlib.Path, family: tuple[s
               root / recipe / f"{steps}_steps" / network / f"seed{seed}", flops)
 
 
-def _flops_by_step(config: dict[str, Any], seeds: int) -> Iterator[tuple[int, Callable[[int], float]]]:
-  """For each seed, the function from a step's number to its FLOPs, whole batch."""
+def _flops_of_steps(config: dict[str, Any], seeds: int) -> Iterator[tuple[int, Callable[[int], float]]]:
+  """For each seed, the function from a number of steps to the FLOPs of a run of so many, whole batches."""
   first, run = config.get("seed", 0), None
   for seed in range(first, first + seeds):
     # Where nothing is random, all seeds cost the same.
-    if run is None or not run.step.recipe.sampler.fixed:
+    if run is None or not all(phase.step.recipe.sampler.fixed for phase in run.phases):
       run = build.build(config | {"seed": seed})
-    if len(run.phases) > 1:
-      raise UserError(f"compare trains configs of one phase; got config.phases with {len(run.phases)}")
-    flops = evaluation.step_flops(run.step)
-    yield seed, lambda step, flops=flops: config["train"]["batch_size"] * flops(step)
+    yield seed, functools.partial(_run_flops, config, [
+      functools.cache(evaluation.step_flops(phase.step)) for phase in run.phases])
 
 
-def _steps_for(flops: Callable[[int], float], budget: float) -> int:
-  """The number of steps, at least one, whose FLOPs come closest to a budget."""
-  total, steps = flops(0), 1
-  while total < budget:
-    extra = flops(steps)
-    if total + extra - budget > budget - total:
+def _run_flops(config: dict[str, Any], counts: Sequence[Callable[[int], float]], steps: int) -> float:
+  total, start = 0.0, 0
+  for count, length in zip(counts, build.phase_steps(config, steps)):
+    total += sum(map(count, range(start, start + length)))
+    start += length
+  return config["train"]["batch_size"] * total
+
+
+def _steps_for(flops: Callable[[int], float], budget: float, least: int) -> int:
+  """The number of steps whose FLOPs come closest to a budget.
+
+  Args:
+    flops: From a number of steps to the FLOPs of a run.
+    budget: FLOPs.
+    least: The smallest number that is allowed.
+  """
+  steps, miss = least, lambda steps: abs(flops(steps) - budget)
+  for _ in range(32):
+    guess = max(least, round(steps * budget / flops(steps)))
+    if guess == steps:
       break
-    total, steps = total + extra, steps + 1
+    steps = guess
+  while steps > least and miss(steps - 1) < miss(steps):
+    steps -= 1
+  while miss(steps + 1) < miss(steps):
+    steps += 1
   return steps
 
 

@@ -20,7 +20,7 @@ from nestnet.evaluators.classification import classification
 from nestnet.execution import Supernet
 from nestnet.logs import Progress
 from nestnet.models.convolution import STATISTICS
-from nestnet.one_program import OneProgram
+from nestnet.one_program import OneProgram, stacks
 from nestnet.sampling import Member
 from nestnet.sharding import local
 from nestnet.space import ENUMERABLE, Space, volume
@@ -174,8 +174,7 @@ def step_flops(step: Step) -> Callable[[int], float]:
   """
   supernet, sampler = step.supernet, step.recipe.sampler
   # One program trains too many members to trace each.
-  of_one = layered_flops(supernet) if step.one else (
-    lambda subnet, train: _flops(supernet.module(subnet), supernet.inputs, train))
+  of_one = member_flops(supernet, bool(step.one))
 
   @functools.cache
   def flops(member: Member, train: bool) -> float:
@@ -190,6 +189,18 @@ def step_flops(step: Step) -> Callable[[int], float]:
     return trained + tried + taught
 
   return count
+
+
+def member_flops(supernet: Supernet, layered: bool | None = None) -> Callable[[Subnet, bool], int]:
+  """The function from a member, and whether it trains, to its FLOPs.
+
+  Args:
+    supernet: The family.
+    layered: Whether to add them up over layers (`layered_flops`); by default where the model has stacks.
+  """
+  if bool(stacks(supernet.axes["params"])) if layered is None else layered:
+    return layered_flops(supernet)
+  return lambda subnet, train: _flops(supernet.module(subnet), supernet.inputs, train)
 
 
 def layered_flops(supernet: Supernet) -> Callable[[Subnet, bool], int]:

@@ -111,7 +111,8 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
   provenance = {
     "subnet": str(member), "sizes": dict(member), "parent": {"run": str(workdir), "step": step},
     "space": run.supernet.space.to_json(), "recipe": run.config["recipe"],
-    "trained": [str(m) for m in run.supernet.space.pool] or "the whole space",
+    "trained": (not run.step.recipe.sampler.whole and [str(m) for m in run.supernet.space.pool]
+                or "the whole space"),
     "data": run.config["data"], "costs_and_metrics": row}
   own = take(state.trained["objective"], run.step.axes["objective"], member,
              run.supernet.space.groups, strict=False)

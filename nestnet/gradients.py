@@ -282,5 +282,5 @@ def as_data(execution: str, supernet: Supernet, sampler: Sampler) -> bool:
                     "train.per_shard_subnets needs train.execution=one_program, or auto")
   if execution != "auto":
     return execution == "one_program"
-  few = sampler.fixed or space.pool or space.size <= FIXED_LIMIT
+  few = sampler.fixed or (space.pool and not sampler.whole) or space.size <= FIXED_LIMIT
   return stacked and (not few or sampler.shards > 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
@@ -10,8 +10,25 @@ import optax
 from nestnet.errors import UserError, one_of
 
 
-def schedule(name: str, learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
-  """A learning rate for each step: linear warm-up, then `"cosine"` to 0, `"linear"` to 0 or `"constant"`.
+def schedule(name: str, learning_rate: float, warmup_steps: int, steps: int, *, floor: float = 0.0,
+             decay_rate: float = 0.97, decay_share: float = 1 / 150, milestones: Sequence[float] = (0.5, 0.75)
+             ) -> optax.Schedule:
+  """A learning rate for each step: linear warm-up, then what is named, up to the last step.
+
+  `"cosine"` and `"linear"` fall to `floor`, `"constant"` stays. `"exponential"` is multiplied by
+  `decay_rate` again and again and stays at `floor` once it is there: the constant ending of BigNAS
+  (2003.11142, section 3.2), with 0.05. `"step"` is multiplied by `decay_rate` at each of `milestones`.
+
+  Args:
+    name: One of these.
+    learning_rate: The highest.
+    warmup_steps: Steps over which it rises from 0.
+    steps: All steps.
+    floor: The lowest, as a share of the highest.
+    decay_rate: Factor of the exponential and of the step schedule.
+    decay_share: Share of the steps behind the warm-up from one fall of the exponential to the next, such
+      as 2.4 / 360 for 2.4 epochs of 360.
+    milestones: Shares of all steps.
 
   Example:
     >>> float(schedule("cosine", 0.1, warmup_steps=10, steps=100)(10))
@@ -20,11 +37,21 @@ def schedule(name: str, learning_rate: float, warmup_steps: int, steps: int) -> 
   if not 0 <= warmup_steps < max(steps, 1) or learning_rate <= 0:
     raise UserError(f"learning_rate={learning_rate}, warmup_steps={warmup_steps}: allowed are a rate "
                     f"above 0 and fewer warm-up steps than the {steps} steps of training")
-  after = steps - warmup_steps
+  if not 0 <= floor <= 1 or min(decay_rate, decay_share) <= 0 or any(not 0 < m < 1 for m in milestones):
+    raise UserError(f"optim: floor={floor}, decay_rate={decay_rate}, decay_share={decay_share}, milestones="
+                    f"{list(milestones)}; allowed: floor in [0, 1], rate and share above 0, milestones in (0, 1)")
+  after, lowest = steps - warmup_steps, floor * learning_rate
+  falls: dict[int, float] = {}
+  for milestone in milestones:
+    at = max(round(milestone * steps) - warmup_steps, 0)
+    falls[at] = falls.get(at, 1.0) * decay_rate
   decay = {
-    "cosine": lambda: optax.cosine_decay_schedule(learning_rate, after),
-    "linear": lambda: optax.linear_schedule(learning_rate, 0.0, after),
+    "cosine": lambda: optax.cosine_decay_schedule(learning_rate, after, alpha=floor),
+    "linear": lambda: optax.linear_schedule(learning_rate, lowest, after),
     "constant": lambda: optax.constant_schedule(learning_rate),
+    "exponential": lambda: optax.exponential_decay(
+      learning_rate, max(decay_share * after, 1), decay_rate, staircase=True, end_value=lowest),
+    "step": lambda: optax.piecewise_constant_schedule(learning_rate, falls),
   }
   if name not in decay:
     raise one_of("schedule", name, decay)
@@ -33,33 +60,47 @@ def schedule(name: str, learning_rate: float, warmup_steps: int, steps: int) -> 
 
 
 def optimizer(name: str, rate: optax.Schedule, weight_decay: float = 0.0, clip_norm: float = 0.0,
-              momentum: float = 0.9, b1: float = 0.9, b2: float = 0.999
-              ) -> Callable[[Any], optax.GradientTransformation]:
+              momentum: float = 0.9, b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8,
+              coupled: bool = False, clip_value: float = 0.0) -> Callable[[Any], optax.GradientTransformation]:
   """Makes an optimizer from a mask of the weights that decay (kernels; no biases, norms, positions).
 
   Args:
-    name: `"adamw"` or `"sgd"`, with Nesterov momentum; weight decay is decoupled in both, the rate
-      times `weight_decay` a step (Loshchilov and Hutter, 1711.05101).
+    name: `"adamw"`; `"sgd"`, with Nesterov momentum; `"rmsprop"`, with momentum.
     rate: The learning-rate schedule.
-    weight_decay: Of the masked weights.
+    weight_decay: Of the masked weights. By default it is decoupled: the rate times `weight_decay` a step
+      (Loshchilov and Hutter, 1711.05101).
     clip_norm: Largest global norm of the gradient; 0: no limit.
-    momentum: Of SGD.
+    momentum: Of SGD and RMSProp.
     b1: First decay of Adam.
-    b2: Second decay of Adam.
+    b2: Decay of the mean square, of Adam and RMSProp.
+    epsilon: Added to the root of the mean square (Adam), or to the mean square (RMSProp).
+    coupled: Whether `weight_decay` times the weight is added to the gradient instead, before momentum,
+      as the convolutional papers and PyTorch's SGD do. That is once a step, however many sub-networks
+      train: the gradient of an L2 term in the largest one's loss alone.
+    clip_value: Largest absolute value in the gradient; 0: no limit.
   """
-  if min(weight_decay, clip_norm) < 0 or not all(0 <= b < 1 for b in (b1, b2, momentum)):
-    raise UserError(f"optim: weight_decay={weight_decay}, clip_norm={clip_norm}, momentum={momentum}, "
-                    f"b1={b1}, b2={b2}; allowed: at least 0, and [0, 1) for the last three")
+  if min(weight_decay, clip_norm, clip_value) < 0 or not all(0 <= b < 1 for b in (b1, b2, momentum)):
+    raise UserError(f"optim: weight_decay={weight_decay}, clip_norm={clip_norm}, clip_value={clip_value}, "
+                    f"momentum={momentum}, b1={b1}, b2={b2}; allowed: at least 0, and [0, 1) for the last three")
+  if coupled and name == "adamw":
+    raise UserError("optim: coupled weight decay with adamw, whose decay is decoupled; allowed: sgd, rmsprop")
 
   def make(mask):
+    decay = [optax.add_decayed_weights(weight_decay, mask=mask)]
+    moved = lambda nesterov: [optax.trace(momentum, nesterov=nesterov) if momentum else optax.identity()]
+
+    def rule(*moments):
+      ordered = [*decay, *moments] if coupled else [*moments, *decay]
+      return [*ordered, optax.scale_by_learning_rate(rate)]
+
     rules = {
-      "adamw": lambda: [optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)],
-      "sgd": lambda: [optax.trace(momentum, nesterov=True) if momentum else optax.identity(),
-                      optax.add_decayed_weights(weight_decay, mask=mask),
-                      optax.scale_by_learning_rate(rate)],
+      "adamw": lambda: [optax.adamw(rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=mask)],
+      "sgd": lambda: rule(*moved(True)),
+      "rmsprop": lambda: rule(optax.scale_by_rms(b2, epsilon), *moved(False)),
     }
     if name not in rules:
       raise one_of("optimizer", name, rules)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    clip += [optax.clip(clip_value)] if clip_value else []
     return optax.chain(*clip, *rules[name]())
   return make

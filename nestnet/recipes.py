@@ -1,15 +1,17 @@
 """The published methods as data: which sub-networks train, on what, taught by whom.
 
 Each function gives the `recipe` group of a config with the paper's defaults; every entry can be
-overridden on the command line, such as `--config.recipe.sampler.random=4`.
+overridden on the command line, such as `--config.recipe.sampler.random=4`. `phases` gives the phases of
+a method that has several, `optim` the optimizer of its paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nestnet.errors import one_of
+from nestnet.phases import SORT, delayed, one_stage, shrinking
 
 
 def recipe(name: str, **options: Any) -> dict[str, Any]:
@@ -25,6 +27,37 @@ def recipe(name: str, **options: Any) -> dict[str, Any]:
   if name not in RECIPES:
     raise one_of("recipe", name, RECIPES)
   return RECIPES[name](**options)
+
+
+def phases(name: str, space: Mapping[str, Any], enter: str = SORT) -> list[dict[str, Any]]:
+  """The `phases` of a config for the recipe called `name`, as shares of the steps; none where it has one.
+
+  Args:
+    name: Of the recipe.
+    space: The `space` group of the config.
+    enter: What makes the transition where widths open, by import path: OFA and DεpS sort channels by
+      importance there. `""`: none.
+
+  Example:
+    >>> [phase["share"] for phase in phases("ofa", dict(layers_1=(2, 3, 4), expand_1=(3, 4, 6)))]
+    [180, 25, 125, 25, 125]
+  """
+  return PHASES[name](space, enter) if name in PHASES else []
+
+
+def optim(name: str) -> dict[str, Any]:
+  """The `optim` group of the paper of a recipe, for ImageNet at its batch size.
+
+  Raises:
+    ValueError: A name that has none, with those that have.
+
+  Example:
+    >>> optim("bignas")["name"], optim("bignas")["floor"]
+    ('rmsprop', 0.05)
+  """
+  if name not in OPTIM:
+    raise one_of("recipe with an optimizer", name, OPTIM)
+  return dict(OPTIM[name])
 
 
 def separate(subnet: str = "") -> dict[str, Any]:
@@ -43,9 +76,7 @@ def truncate() -> dict[str, Any]:
 
 def sandwich() -> dict[str, Any]:
   """Largest, smallest and two random ones, taught in place by the largest (US-Nets; BigNAS)."""
-  sampler = {"name": "sandwich", "random": 2, "candidates": 1, "reduce": "sum", "by": "choices",
-             "regularise": "largest"}
-  return _recipe("sandwich", sampler)
+  return _recipe("sandwich", _sandwich())
 
 
 def sorted_() -> dict[str, Any]:
@@ -76,17 +107,106 @@ def matryoshka_tied(sizes: Sequence[int] = (8, 16, 32, 64)) -> dict[str, Any]:
   return matryoshka(sizes, tied=True)
 
 
-def _recipe(name: str, sampler: dict[str, Any]) -> dict[str, Any]:
+def ofa() -> dict[str, Any]:
+  """Random members taught by the frozen whole network and by labels (Once-for-All, 1908.09791).
+
+  With `phases("ofa", space)`, the first of which trains that network. The number of members is that of
+  the last stage.
+  """
+  return _taught(_recipe("ofa", {"name": "uniform", "n": 4, "taught": True, "reduce": "sum", "by": "choices",
+                                 "whole": False}, 0.1), 1.0) | {"teacher": "frozen"}
+
+
+def compofa() -> dict[str, Any]:
+  """OFA on a space whose depths and widths are coupled, opened at once (CompOFA, 2104.12642).
+
+  With `phases("compofa", space)`.
+  """
+  return ofa() | {"name": "compofa"}
+
+
+def rss() -> dict[str, Any]:
+  """One random member a step, labels only, no phases (RSS, CVPR workshops 2022)."""
+  return _recipe("rss", {"name": "uniform", "n": 1, "taught": False, "reduce": "sum", "by": "choices",
+                         "whole": False})
+
+
+def bignas() -> dict[str, Any]:
+  """A sandwich taught in place, only the largest regularised (BigNAS, 2003.11142).
+
+  Its weight decay too is only the largest one's with `optim.coupled`: once a step. The zero scales of the
+  last normalisation of a block, at which it starts, are the model's.
+  """
+  return _recipe("bignas", _sandwich(), 0.1)
+
+
+def deps() -> dict[str, Any]:
+  """A sandwich on a supernet whose largest member is half trained, its others warmed up (DεpS, ECCV 2024).
+
+  With `phases("deps", space)`, the first of which trains the largest alone: 5 of the other's 125 epochs
+  are the warm-up.
+  """
+  return _recipe("deps", _sandwich() | {"ramp": 5 / 125}, 0.1)
+
+
+def attentive_nas() -> dict[str, Any]:
+  """A sandwich whose random members have the lowest label loss of three of about the same FLOPs: best-up
+  (AttentiveNAS, 2011.09011)."""
+  sampler = {"name": "attentive", "random": 2, "candidates": 3, "buckets": 64, "table": 2000,
+             "reduce": "sum", "regularise": "largest", "whole": False}
+  return _recipe("attentive_nas", sampler, 0.1) | {"judge": "labels"}
+
+
+def attentive_nas_worst_up() -> dict[str, Any]:
+  """The same with the highest loss: worst-up."""
+  return attentive_nas() | {"name": "attentive_nas_worst_up", "select": "highest"}
+
+
+def alphanet() -> dict[str, Any]:
+  """A sandwich whose members follow the largest by the larger of two α-divergences (AlphaNet, 2102.07954)."""
+  objective = {"name": "alpha_divergence", "alphas": (-1.0, 1.0), "clamp": 5.0, "label_smoothing": 0.1,
+               "student_labels": 0.0, "distillation": 1.0, "delay": 0, "ramp": 0}
+  return _recipe("alphanet", _sandwich()) | {"objective": objective}
+
+
+def _sandwich() -> dict[str, Any]:
+  return {"name": "sandwich", "random": 2, "candidates": 1, "reduce": "sum", "by": "choices",
+          "regularise": "largest", "whole": False}
+
+
+def _taught(made: dict[str, Any], student_labels: float) -> dict[str, Any]:
+  return made | {"objective": made["objective"] | {"student_labels": student_labels}}
+
+
+def _recipe(name: str, sampler: dict[str, Any], label_smoothing: float = 0.0) -> dict[str, Any]:
   return {
     "name": name, "sampler": sampler,
     "objective": {
-      "name": "classification", "label_smoothing": 0.0, "student_labels": 0.0, "distillation": 1.0,
-      "temperature": 1.0, "space": "logits", "delay": 0, "ramp": 0},
-    "teacher": "largest", "ema": 0.999, "select": "lowest", "untouched": "update"}
+      "name": "classification", "label_smoothing": label_smoothing, "student_labels": 0.0,
+      "distillation": 1.0, "temperature": 1.0, "space": "logits", "delay": 0, "ramp": 0},
+    "teacher": "largest", "ema": 0.999, "select": "lowest", "judge": "own", "untouched": "update"}
 
 
 RECIPES = {
   "separate": separate, "truncate": truncate, "sandwich": sandwich, "sorted": sorted_,
   "matformer_joint": matformer_joint, "matformer_sampled": matformer_sampled,
   "matryoshka": matryoshka, "matryoshka_tied": matryoshka_tied,
+  "ofa": ofa, "compofa": compofa, "rss": rss, "bignas": bignas, "deps": deps,
+  "attentive_nas": attentive_nas, "attentive_nas_worst_up": attentive_nas_worst_up, "alphanet": alphanet,
+}
+PHASES = {"ofa": shrinking, "compofa": one_stage, "deps": delayed}
+
+# SGD with Nesterov momentum on batches of 2,048 images, cosine.
+_SGD = {"name": "sgd", "learning_rate": 2.6, "schedule": "cosine", "warmup_steps": 0, "momentum": 0.9,
+        "weight_decay": 3e-5, "coupled": True, "clip_norm": 0.0}
+# 0.1 for every 256 images; 5 of 360 epochs of warm-up.
+_ATTENTIVE = _SGD | {"learning_rate": 0.8, "weight_decay": 1e-5, "clip_value": 1.0, "warmup_share": 5 / 360}
+OPTIM = {
+  "ofa": _SGD, "compofa": _SGD, "deps": _SGD, "attentive_nas": _ATTENTIVE,
+  "attentive_nas_worst_up": _ATTENTIVE, "alphanet": _ATTENTIVE,
+  # On batches of 4,096 images; 0.97 every 2.4 of 360 epochs. b2 and epsilon are MnasNet's.
+  "bignas": {"name": "rmsprop", "learning_rate": 0.256, "schedule": "exponential", "warmup_steps": 0,
+             "warmup_share": 5 / 360, "decay_rate": 0.97, "decay_share": 2.4 / 360, "floor": 0.05,
+             "momentum": 0.9, "b2": 0.9, "epsilon": 1e-3, "weight_decay": 1e-5, "coupled": True,
+             "clip_norm": 0.0},
 }

@@ -101,7 +101,10 @@ def _settled(config: Mapping[str, Any], workdir: pathlib.Path, made: Sequence[in
   saved = _load(path)
   old, new = _flatten(saved["config"]), _flatten(config)
   differing = {k: [old.get(k), new.get(k)] for k in sorted(old | new) if old.get(k) != new.get(k)}
-  refused = [k for k in differing if not any(k == m or k.startswith(m + ".") for m in MAY_DIFFER)]
+  # Phases that are shares of the steps would begin and end elsewhere.
+  fixed = ("train.steps",) if config.get("phases") else ()
+  refused = [k for k in differing if k in fixed or not any(
+    k == m or k.startswith(m + ".") for m in MAY_DIFFER)]
   if refused:
     lines = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} asked for" for k in refused)
     raise UserError(f"{workdir} holds a run of another config; name another workdir, or undo:\n{lines}\n"

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from nestnet.attentive import by_bucket
 from nestnet.errors import UserError, one_of
 from nestnet.imports import by_path
-from nestnet.space import Space
+from nestnet.space import Space, volume
 from nestnet.subnet import Subnet
 
 # One sub-network, or one for each data shard.
@@ -51,35 +52,82 @@ class Sampler:
     terms: `terms(step)` are the terms of a step.
     fixed: Whether they are the same at every step; then one program runs them all.
     shards: How many data shards draw for themselves.
+    whole: Whether members outside the space's pool train too.
   """
 
   terms: Callable[[int], tuple[Term, ...]]
   fixed: bool = False
   shards: int = 1
+  whole: bool = False
 
 
-def sampler(name: str, space: Space, seed: int = 0, **options) -> Sampler:
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a run tells its samplers, beside the space.
+
+  Attributes:
+    first: The first step of their phase.
+    steps: How many steps the phase has.
+    cost: The cost of a member: its FLOPs, for a whole run.
+  """
+
+  first: int = 0
+  steps: int = 1
+  cost: Callable[[Subnet], float] = volume
+
+
+def sampler(name: str, space: Space, seed: int = 0, *, context: Context = Context(), whole: bool = False,
+            ramp: float = 0.0, **options) -> Sampler:
   """The sampler called `name` with its options; a user's own by import path.
+
+  Args:
+    name: Of a function of this module, or `package.module:function`.
+    space: The family.
+    seed: Decides all draws, together with the step.
+    context: Given to samplers that take a `context`.
+    whole: Whether to draw from all of the space, even where it has a pool.
+    ramp: Over which share of the phase the weights of taught terms rise from 0, linearly: the warm-up of
+      sub-networks of a supernet that is trained already (ε-shrinking of DεpS, ECCV 2024).
+    **options: Of the sampler.
 
   Raises:
     ValueError: An unknown name or option, with the known ones.
+
+  Example:
+    >>> half = sampler("sandwich", Space(mlp=(4, 8)), context=Context(100, 40), ramp=0.25)
+    >>> [half.terms(step)[1].weight for step in (100, 105, 110, 139)]
+    [0.0, 0.5, 1.0, 1.0]
   """
-  known = {f.__name__: f for f in (largest, sandwich, sorted_nested, joint, sampled)}
+  known = {f.__name__: f for f in (largest, sandwich, attentive, uniform, sorted_nested, joint, sampled)}
   if ":" not in name and name not in known:
     raise one_of("sampler", name, (*known, "package.module:function"))
   make = by_path(name, "sampler") if ":" in name else known[name]
   accepted = make.__kwdefaults__ or {}
   for option in options:
-    if option not in accepted:
-      raise one_of(f"option of the sampler {name}", option, accepted)
-  for option in ("random", "candidates", "n"):
+    if option not in accepted or option == "context":
+      raise one_of(f"option of the sampler {name}", option, (
+        *(o for o in accepted if o != "context"), "whole", "ramp"))
+  for option in ("random", "candidates", "n", "buckets", "table"):
     if options.get(option, 1) < (option != "random"):
       raise UserError(f"sampler {name}: {option}={options[option]}; allowed is at least "
                       f"{int(option != 'random')}")
-  made = make(space, seed, **options)
+  if not 0 <= ramp <= 1:
+    raise UserError(f"sampler {name}: ramp={ramp}; allowed is a share of the phase, 0 to 1")
+  if "context" in accepted:
+    options["context"] = context
+  made = make(space.without_pool() if whole else space, seed, **options)
+  made = dataclasses.replace(made, whole=whole or made.whole)
   # A wrong option of the drawing itself is said here too, not at the first step.
   made.terms(0)
-  return made
+  return _ramped(made, context.first, ramp * context.steps) if ramp else made
+
+
+def _ramped(made: Sampler, first: int, length: float) -> Sampler:
+  def terms(step):
+    share = min(max(step - first, 0) / length, 1.0)
+    return tuple(dataclasses.replace(t, weight=t.weight * share) if t.taught else t for t in made.terms(step))
+
+  return dataclasses.replace(made, terms=terms, fixed=False)
 
 
 def on_shards(samplers: Sequence[Sampler]) -> Sampler:
@@ -92,7 +140,7 @@ def on_shards(samplers: Sequence[Sampler]) -> Sampler:
     return tuple(map(_together, zip(*(s.terms(step) for s in samplers), strict=True)))
 
   terms(0)
-  return Sampler(terms, all(s.fixed for s in samplers), len(samplers))
+  return Sampler(terms, all(s.fixed for s in samplers), len(samplers), any(s.whole for s in samplers))
 
 
 def _together(terms: tuple[Term, ...]) -> Term:
@@ -128,25 +176,71 @@ def sandwich(space: Space, seed: int, *, random: int = 2, candidates: int = 1, r
     by: How to draw, as in `Space.sample`.
     regularise: Dropout and drop path on the `"largest"` only (BigNAS), or on `"all"`.
   """
+  def draw(step, i):
+    return tuple(space.sample((_STREAM, seed, step, 1 + i, 1 + j), by=by) for j in range(candidates))
+
+  return _sandwich(space, random, draw, reduce, regularise)
+
+
+def attentive(space: Space, seed: int, *, random: int = 2, candidates: int = 3, buckets: int = 64,
+              table: int = 2000, reduce: str = "sum", regularise: str = "largest",
+              context: Context = Context()) -> Sampler:
+  """A sandwich whose random members are drawn by what they cost (AttentiveNAS, 2011.09011, section 3).
+
+  The candidates for one random member have about the same FLOPs, which are as frequent as in the space;
+  the recipe's `select` trains the one of `"lowest"` loss (best-up) or `"highest"` (worst-up).
+
+  Args:
+    space: The family.
+    seed: Decides the random members together with the step.
+    random: How many random members.
+    candidates: Draws for each of them.
+    buckets: Intervals of equal length that FLOPs are divided into (the paper: of 25 million).
+    table: Random members that stand for the space, whose FLOPs are counted at start-up.
+    reduce: As in `sandwich`.
+    regularise: As in `sandwich`.
+    context: Says what members cost.
+  """
+  drawn = by_bucket(space, context.cost, buckets, table)
+  return _sandwich(space, random, lambda step, i: drawn((_STREAM, seed, step, 1 + i), candidates), reduce,
+                   regularise)
+
+
+def _sandwich(space: Space, random: int, draw: Callable[[int, int], tuple[Subnet, ...]], reduce: str,
+              regularise: str) -> Sampler:
   _check("regularise", regularise, ("largest", "all"))
-  regularised = regularise == "all"
 
   def terms(step):
-    drawn = (tuple(space.sample((_STREAM, seed, step, 1 + i, 1 + j), by=by)
-                     for j in range(candidates))
-             for i in range(random))
-    small = (*drawn, (space.smallest,))
+    small = (*(draw(step, i) for i in range(random)), (space.smallest,))
     return _weighted(reduce, (Term((space.largest,)), *(
-      Term(c, taught=True, regularised=regularised) for c in small)))
+      Term(c, taught=True, regularised=regularise == "all") for c in small)))
 
   return Sampler(terms, fixed=random == 0)
+
+
+def uniform(space: Space, seed: int, *, n: int = 1, taught: bool = True, reduce: str = "sum",
+            by: str = "choices") -> Sampler:
+  """`n` random members with neither the largest nor the smallest among them by rule.
+
+  Once-for-All (1908.09791, section 3.3) teaches them with a frozen network and sums their gradients; RSS
+  (CVPR workshops 2022) trains one on labels alone.
+
+  Args:
+    space: The family.
+    seed: Decides the members together with the step.
+    n: How many at a step.
+    taught: Whether they learn from the recipe's teacher.
+    reduce: `"sum"` or `"mean"` over the sub-networks.
+    by: How to draw, as in `Space.sample`.
+  """
+  return Sampler(lambda step: _weighted(reduce, tuple(
+    Term((space.sample((_STREAM, seed, step, 1 + i), by=by),), taught=taught) for i in range(n))))
 
 
 def sorted_nested(space: Space, seed: int, *, n: int = 4, reduce: str = "sum",
                   by: str = "choices") -> Sampler:
   """`n` random nested members whose gradients accumulate, labels only (SortedNet, 2309.00255)."""
-  return Sampler(lambda step: _weighted(reduce, tuple(
-    Term((space.sample((_STREAM, seed, step, 1 + i), by=by),)) for i in range(n))))
+  return uniform(space, seed, n=n, taught=False, reduce=reduce, by=by)
 
 
 def joint(space: Space, seed: int, *, members: Sequence[str] = (), reduce: str = "sum") -> Sampler:

@@ -64,6 +64,7 @@ class Recipe:
       (in-place distillation), a `"frozen"` copy, or the moving average `"ema"` of the largest.
     ema: Decay of that average.
     select: Which of a term's candidates trains: that of `"lowest"` or `"highest"` loss.
+    judge: Which loss that is: the term's `"own"`, or that with the `"labels"` even where it is taught.
     untouched: What befalls weights that no sub-network of the step used: `"update"`: the
       optimizer's ordinary step, whose momentum moves them; `"decay_only"`: weight decay alone;
       `"freeze"`: nothing. In the latter two their optimizer state stays as it was.
@@ -74,10 +75,12 @@ class Recipe:
   teacher: str = "largest"
   ema: float = 0.999
   select: str = "lowest"
+  judge: str = "own"
   untouched: str = "update"
 
   def __post_init__(self):
     for option, allowed in (("teacher", ("largest", "frozen", "ema")), ("select", ("lowest", "highest")),
+                            ("judge", ("own", "labels")),
                             ("untouched", ("update", "decay_only", "freeze"))):
       if getattr(self, option) not in allowed:
         raise one_of(f"recipe.{option}", getattr(self, option), allowed)
@@ -299,6 +302,8 @@ class Step:
     """The sub-network that a term trains; with several on the data shards, one for each."""
     if len(term.candidates) == 1:
       return term.candidates[0]
+    if self.recipe.judge == "labels":
+      term, seen = dataclasses.replace(term, taught=False), (None,) * len(parts)
     losses = [sum(run(self._gradients.loss(candidate, term), state.trained, state.fixed, state.objective,
                       part, targets, state.step, self._key, index) for part, targets in zip(parts, seen))
               for candidate in term.candidates]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nestnet.errors import UserError
-from nestnet.sampling import sampler
+from nestnet.sampling import Context, sampler
 from nestnet.space import Space
 
 SPACE = Space(layers=(1, 2), mlp=(4, 8, 16))
@@ -26,7 +26,7 @@ def near(count, probability):
 
 
 @pytest.mark.parametrize("name, options", [
-  ("sandwich", {"candidates": 2}), ("sorted_nested", {}), ("sampled", {}), ("joint", {}),
+  ("sandwich", {"candidates": 2}), ("attentive", {}), ("uniform", {"n": 2}), ("sorted_nested", {}), ("sampled", {}), ("joint", {}),
   ("largest", {})])
 def test_nothing_but_seed_and_step_decides(name, options):
   one, two = (sampler(name, SPACE, 7, **options) for _ in range(2))
@@ -100,6 +100,82 @@ def test_pool_limits_what_is_drawn():
   assert [t.candidates[0] for t in sampler("joint", space, 0).terms(0)] == list(space.pool)
 
 
+def test_the_pool_may_be_for_looking_only():
+  space = Space(layers=(1, 2), mlp=(4, 8, 16), pool=("layers=1,mlp=8", "layers=2,mlp=4"))
+  drawn = sampler("uniform", space, 0, whole=True)
+  assert set(counts(drawn, 0)) == set(SPACE) and drawn.whole
+  assert not sampler("uniform", space, 0).whole
+
+
+def test_uniform_names_neither_extreme():
+  terms = sampler("uniform", SPACE, 1, n=3).terms(0)
+  assert [(t.taught, t.regularised, t.weight) for t in terms] == 3 * [(True, True, 1.0)]
+  assert not any(t.taught for t in sampler("uniform", SPACE, 1, taught=False).terms(0))
+  seen = counts(sampler("uniform", SPACE, 1, n=2), 1)
+  assert set(seen) == set(SPACE) and all(near(n, 1 / 6) for n in seen.values())
+
+
+def test_weights_of_the_taught_rise_over_a_share_of_their_phase():
+  drawn = sampler("sandwich", SPACE, 0, context=Context(first=100, steps=50), ramp=0.2)
+  whole = sampler("sandwich", SPACE, 0)
+  for step, share in {99: 0.0, 100: 0.0, 101: 0.1, 105: 0.5, 109: 0.9, 110: 1.0, 149: 1.0}.items():
+    terms = drawn.terms(step)
+    assert [t.weight for t in terms] == pytest.approx([1.0] + 3 * [share])
+    assert [t.candidates for t in terms] == [t.candidates for t in whole.terms(step)]
+  fixed = sampler("sandwich", SPACE, 0, random=0, ramp=0.2)
+  assert not fixed.fixed and sampler("sandwich", SPACE, 0, random=0).fixed
+
+
+WIDE = Space(layers=(1, 2, 4), mlp=(4, 8, 16), heads=(1, 2, 3), per_layer=("mlp",))
+
+
+def flops(subnet):
+  sizes = subnet.chosen["mlp"]
+  return 5 * subnet["heads"] + sum(sizes if isinstance(sizes, tuple) else (sizes,) * subnet["layers"])
+
+
+def test_candidates_cost_about_the_same_and_costs_are_as_frequent_as_in_the_space():
+  drawn = sampler("attentive", WIDE, 1, random=1, candidates=3, buckets=8, table=1000,
+                  context=Context(cost=flops))
+  terms = [drawn.terms(step) for step in range(500)]
+  assert [len(t.candidates) for t in terms[0]] == [1, 3, 1]
+  assert terms[0][0].candidates == (WIDE.largest,) and terms[0][2].candidates == (WIDE.smallest,)
+  assert all(c in WIDE for t in terms[:100] for c in t[1].candidates)
+  low, high = flops(WIDE.smallest), flops(WIDE.largest)
+  place = lambda member: min(int((flops(member) - low) / (high - low) * 8), 7)
+  places = np.array([[place(c) for c in t[1].candidates] for t in terms])
+  # Buckets whose members gene by gene seldom land in them may give another after 100 trials.
+  assert (places == places[:, :1]).all(axis=1).mean() > 0.98
+  every = np.bincount([place(WIDE.sample((99, step))) for step in range(2000)], minlength=8) / 2000
+  found = np.bincount(places[:, 0], minlength=8) / 500
+  assert np.abs(found - every).max() < 5 * np.sqrt(0.25 / 500 + 0.25 / 1000)
+  assert len({c for t in terms for c in t[1].candidates}) > 150
+
+
+def test_genes_are_as_frequent_as_in_their_bucket():
+  """With one bucket, that of the whole space, draws are the space's own."""
+  drawn = sampler("attentive", WIDE, 1, random=1, candidates=1, buckets=1, table=2000,
+                  context=Context(cost=flops))
+  members = [drawn.terms(step)[1].candidates[0] for step in range(1500)]
+  for axis in ("layers", "heads"):
+    for size in WIDE.choices(axis):
+      assert abs(np.mean([m[axis] == size for m in members]) - 1 / 3) < 0.08
+  deep = [m for m in members if m["layers"] == 4]
+  last = [m["mlp"][3] if isinstance(m["mlp"], tuple) else m["mlp"] for m in deep]
+  assert all(abs(np.mean(np.array(last) == size) - 1 / 3) < 0.12 for size in (4, 8, 16))
+
+
+def test_attentive_draws_stay_in_the_pool_and_the_constraint():
+  pool = ("layers=1,mlp=8", "layers=2,mlp=4", "layers=2,mlp=8")
+  space = Space(layers=(1, 2), mlp=(4, 8, 16), pool=pool)
+  options = dict(random=1, buckets=2, table=50)
+  seen = {c for step in range(100) for c in sampler("attentive", space, 0, **options).terms(step)[1].candidates}
+  assert seen == set(space.pool)
+  odd = Space(layers=(1, 2), mlp=(4, 8, 16), constraint=lambda s: s["layers"] * s["mlp"] != 8)
+  drawn = sampler("attentive", odd, 0, **options)
+  assert all(c in odd for step in range(100) for c in drawn.terms(step)[1].candidates)
+
+
 def test_sorted_is_never_taught():
   terms = sampler("sorted_nested", SPACE, 0, n=3).terms(0)
   assert len(terms) == 3 and not any(t.taught for t in terms) and all(t.regularised for t in terms)
@@ -126,7 +202,9 @@ def test_sampled_frequencies():
 @pytest.mark.parametrize("name, options, message", [
   ("sandwhich", {}, "sampler 'sandwhich'; did you mean 'sandwich'.*largest, sandwich"),
   ("sandwich", {"rnadom": 2}, "option of the sampler sandwich 'rnadom'; did you mean 'random'"),
-  ("largest", {"n": 2}, "option of the sampler largest 'n'. Allowed: none"),
+  ("largest", {"n": 2}, "option of the sampler largest 'n'. Allowed: whole, ramp"),
+  ("attentive", {"table": 0}, "table=0; allowed is at least 1"),
+  ("sandwich", {"ramp": 1.5}, "ramp=1.5; allowed is a share of the phase"),
   ("sandwich", {"regularise": "none"}, "regularise 'none'.*largest, all"),
   ("sandwich", {"by": "luck"}, "'luck'.*choices"),
   ("sorted_nested", {"reduce": "max"}, "reduce 'max'.*sum, mean"),

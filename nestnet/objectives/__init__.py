@@ -11,14 +11,14 @@ from nestnet.objectives.base import Objective, Targets
 
 __all__ = ["Objective", "Targets", "objective"]
 
-_BUILT_IN = ("classification", "matryoshka")
+_BUILT_IN = ("classification", "alpha_divergence", "matryoshka")
 
 
 def objective(name: str, **options: Any) -> Objective:
   """The objective called `name` with its options; a user's own by import path.
 
   Args:
-    name: `"classification"`, `"matryoshka"`, or `package.module:function`.
+    name: `"classification"`, `"alpha_divergence"`, `"matryoshka"`, or `package.module:function`.
     **options: Passed to the function that makes the `Objective`.
 
   Raises:

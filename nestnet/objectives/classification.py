@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,10 +38,27 @@ def classification(label_smoothing: float = 0.0, student_labels: float = 0.0,
   """
   if space not in ("logits", "features"):
     raise one_of("space of distillation", space, ("logits", "features"))
-  if temperature <= 0 or not 0 <= label_smoothing < 1 or min(delay, ramp) < 0:
-    raise UserError(f"classification: temperature={temperature}, label_smoothing={label_smoothing}, "
-                    f"delay={delay}, ramp={ramp}; allowed: temperature above 0, smoothing in [0, 1), "
-                    "delay and ramp of at least 0")
+  if temperature <= 0:
+    raise UserError(f"classification: temperature={temperature}; allowed is a temperature above 0")
+
+  def relation(outputs, teacher):
+    if space == "logits":
+      return soft_cross_entropy(outputs["logits"].astype(jnp.float32), teacher["logits"], temperature)
+    return feature_distance(outputs["features"], teacher["features"])
+
+  return distilled(relation, label_smoothing, student_labels, distillation, delay, ramp)
+
+
+def distilled(relation: Callable[[Any, Any], jax.Array], label_smoothing: float, student_labels: float,
+              distillation: float, delay: int, ramp: int) -> Objective:
+  """The objective of `classification` with a KD of its own: `relation(outputs, teacher) -> scalar`.
+
+  Raises:
+    ValueError: A share of smoothing outside [0, 1), or a negative number of steps.
+  """
+  if not 0 <= label_smoothing < 1 or min(delay, ramp) < 0:
+    raise UserError(f"classification: label_smoothing={label_smoothing}, delay={delay}, ramp={ramp}; "
+                    "allowed: smoothing in [0, 1), delay and ramp of at least 0")
 
   def loss(params, state, outputs, targets: Targets, step, rng):
     logits, labels = outputs["logits"].astype(jnp.float32), targets.batch["label"]
@@ -46,10 +66,7 @@ def classification(label_smoothing: float = 0.0, student_labels: float = 0.0,
     metrics = {"accuracy": jnp.mean(logits.argmax(-1) == labels)}
     if targets.teacher is None:
       return ce, metrics
-    if space == "logits":
-      kd = soft_cross_entropy(logits, targets.teacher["logits"], temperature)
-    else:
-      kd = feature_distance(outputs["features"], targets.teacher["features"])
+    kd = relation(outputs, targets.teacher)
     r = jnp.clip((step - delay + 1) / (ramp + 1), 0.0, 1.0)
     return (1 - r) * ce + r * (student_labels * ce + distillation * kd), metrics | {"distillation": kd}
 

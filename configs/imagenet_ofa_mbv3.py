@@ -1,0 +1,48 @@
+"""Once-for-All's MobileNetV3, 1.2 times as wide, on ImageNet at 224 x 224 pixels: progressive shrinking.
+
+    python -m experiments.train --config=configs/imagenet_ofa_mbv3.py --workdir=runs/imagenet_ofa_mbv3
+
+Six phases of 605 epochs in one run that resumes: the whole network; then its frozen copy teaches random
+members of spaces that open kernels, depths and widths (1908.09791). It takes about 1,200 hours of V100 in
+the authors' code and is not trained in this repository: there is no accuracy to state.
+`experiments.train` reads images of one size, which those of TFDS's `imagenet2012` are not: name a class
+of your own that gives them at 224 x 224, with `--config.data.name=my_data:ImageNet`.
+
+Another method trains with its name as the argument: `--config=configs/imagenet_ofa_mbv3.py:bignas`.
+"""
+
+import ml_collections
+
+from nestnet import recipes
+
+STAGES = range(1, 6)
+# Epochs of 1,281,167 images; those of AttentiveNAS are BigNAS's and AlphaNet's too.
+EPOCHS = {"ofa": 605, "compofa": 330, "deps": 270}
+BATCH = {"bignas": 4096}
+
+
+def get_config(method: str = "ofa") -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  # Parameters and their sums stay float32; the blocks compute in bfloat16.
+  config.model = dict(name="MobileNetV3", width=1.2, dropout=0.1, transforms=method == "ofa", dtype="bfloat16")
+  config.space = {f"{axis}_{s}": sizes for axis, sizes in dict(
+    layers=(2, 3, 4), expand=(3, 4, 6), kernel=(3, 5, 7)).items() for s in STAGES}
+  config.space.per_layer = tuple(f"{axis}_{s}" for axis in ("expand", "kernel") for s in STAGES)
+  if method == "compofa":
+    # Depth and expansion of a stage go together; kernels are not elastic.
+    config.space = dict(couple={f"layers_{s} expand_{s}": ((2, 3), (3, 4), (4, 6)) for s in STAGES},
+                        **{f"kernel_{s}": (7,) for s in STAGES})
+  config.recipe = recipes.recipe(method)
+  config.phases = recipes.phases(method, config.space)
+  # What `experiments.plan` needs to know of the images; checked against them where they are read.
+  config.data = dict(name="imagenet2012", data_dir="", augment="none", shape=(224, 224, 3), classes=1000)
+  config.optim = recipes.optim(method)
+  # Global batch, in images.
+  batch = BATCH.get(method, 2048)
+  config.train = dict(steps=EPOCHS.get(method, 360) * 1_281_167 // batch, batch_size=batch,
+                      checkpoint_every=1000, log_every=100, eval_every=0, execution="auto",
+                      per_shard_subnets=False, accumulate=1)
+  # Devices; -1 takes all that are there.
+  config.mesh = dict(data=-1, fsdp=1, model=1)
+  return config

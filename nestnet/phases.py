@@ -1,0 +1,192 @@
+"""Runs in several phases as data: which sizes open when, for which share of the steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nestnet.errors import UserError, one_of
+from nestnet.space import volume
+from nestnet.subnet import Subnet, is_depth
+
+SORT = "nestnet.importance:Sort"
+_OPTIONS = ("couple", "per_layer", "groups", "constraint", "pool")
+
+
+def lengths(phases: Sequence[Mapping[str, Any]], steps: int) -> list[int]:
+  """The steps of each phase of a run of so many.
+
+  Args:
+    phases: Each with its `steps`; or each with a `share`, in any unit, such as epochs.
+    steps: All steps of the run.
+
+  Raises:
+    ValueError: Neither, or steps that do not add up, or fewer steps than phases.
+
+  Example:
+    >>> lengths([{"share": 180}, {"share": 125}, {"share": 25}], 1000)
+    [545, 379, 76]
+  """
+  given = [phase.get("steps") for phase in phases]
+  if all(phase.get("share") is None for phase in phases):
+    if sum(n or 0 for n in given) != steps or not all(given):
+      raise UserError(f"the steps of config.phases must add up to train.steps={steps}, got {given}; allowed "
+                      "instead is a share for each, which follows train.steps")
+    return given
+  shares = [phase.get("share") for phase in phases]
+  if any(given) or not all(isinstance(s, (int, float)) and s > 0 for s in shares):
+    raise UserError(f"config.phases: shares {shares} and steps {given}; allowed is a share above 0 for each, "
+                    "or steps for each")
+  if steps < len(phases):
+    raise UserError(f"train.steps={steps}: allowed is at least one for each of the {len(phases)} phases")
+  ends = [0]
+  for number, _ in enumerate(phases, 1):
+    wanted = round(steps * sum(shares[:number]) / sum(shares))
+    # None is empty, those that follow included.
+    ends.append(min(max(wanted, ends[-1] + 1), steps - len(phases) + number))
+  return [end - start for start, end in zip(ends, ends[1:])]
+
+
+def opened(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+  """The options of a space in which only the largest choices of some axes are open.
+
+  Its pool, which may have members outside, is left out.
+
+  Args:
+    space: Options of `nestnet.Space`.
+    limits: How many of the largest choices, by axis; `layers` stands for `layers_1` and so on too.
+
+  Raises:
+    ValueError: A name that is no axis, less than one choice, or coupled choices of which none is left.
+
+  Example:
+    >>> opened({"layers_1": (2, 3, 4), "kernel_1": (3, 5, 7), "pool": ("layers_1=2",)}, {"layers": 2})
+    {'layers_1': (3, 4), 'kernel_1': (3, 5, 7), 'pool': ()}
+  """
+  if not limits:
+    return dict(space)
+  known = kinds(space)
+  for kind, count in limits.items():
+    if kind not in known:
+      raise one_of("axis in open", kind, known)
+    if not isinstance(count, int) or count < 1:
+      raise UserError(f"open: {kind}={count}; allowed is a number of choices, at least 1")
+  choices = _choices(space, limits)
+  for names, rows in choices.get("couple", {}).items():
+    if not rows:
+      raise UserError(f"open: {dict(limits)} leaves no row of the coupled choices of {names!r}: "
+                      f"{space['couple'][names]}")
+  return dict(space) | choices | {"pool": ()}
+
+
+def _choices(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
+  """The choices that are open, axis by axis, and the coupled ones."""
+  choices = {axis: _largest(axis, values, limits.get(_kind(axis)))
+             for axis, values in space.items() if axis not in _OPTIONS and values is not None}
+  couple = {}
+  for names, rows in (space.get("couple") or {}).items():
+    columns = [_largest(axis, [row[i] for row in rows], limits.get(_kind(axis)))
+               for i, axis in enumerate(names.split())]
+    couple[names] = tuple(tuple(row) for row in rows if all(map(_among, row, columns)))
+  return choices | ({"couple": couple} if couple else {})
+
+
+def kinds(space: Mapping[str, Any]) -> list[str]:
+  """The axes of a space by what they are, such as `layers` for all of `layers_1`, `layers_2`.
+
+  Example:
+    >>> kinds({"layers_1": (1, 2), "layers_2": (1, 2), "couple": {"embed heads": ((8, 2),)}})
+    ['layers', 'embed', 'heads']
+  """
+  axes = [axis for axis, values in space.items() if axis not in _OPTIONS and values is not None]
+  axes += [axis for names in space.get("couple") or {} for axis in names.split()]
+  return list(dict.fromkeys(map(_kind, axes)))
+
+
+def shrinking(space: Mapping[str, Any], enter: str = SORT) -> list[dict[str, Any]]:
+  """Progressive shrinking of Once-for-All (1908.09791, section 3.3; epochs, rates and numbers of
+  sub-networks of its code): the whole network, then kernels, depths in two steps, widths in two.
+
+  Shares are the 605 epochs, those of warm-up included. Kinds of axes that the space has not, and stages
+  that would open nothing, are left out: with two depths there is no first of the two steps.
+
+  Args:
+    space: The `space` group of a config.
+    enter: The transition each time that widths open, by the import path of what makes it; `""`: none.
+  """
+  present = kinds(space)
+  depths = [kind for kind in present if is_depth(kind)]
+  widths = [kind for kind in present if kind != "kernel" and kind not in depths]
+  closed = dict.fromkeys(present, 1)
+  phases = [_whole(180, closed)]
+  for axes, few, number in ((["kernel"], False, 1), (depths, True, 2), (depths, False, 2), (widths, True, 4),
+                            (widths, False, 4)):
+    every = {kind: count for kind, count in closed.items() if kind not in axes}
+    some = closed | {kind: 2 for kind in axes if kind in present}
+    opens = some if few else every
+    if _choices(space, opens) == _choices(space, closed) or (
+        few and _choices(space, some) == _choices(space, every)):
+      continue
+    sorts = enter and axes is widths
+    phases.append({
+      "share": 25 if few else 125, "open": opens, "recipe": {"sampler": {"n": number}},
+      "optim": _stage(few, 0.96 if axes == ["kernel"] else 0.24)} | ({"enter": enter} if sorts else {}))
+    closed = opens
+  return phases
+
+
+def one_stage(space: Mapping[str, Any], enter: str = SORT) -> list[dict[str, Any]]:
+  """CompOFA (2104.12642): the whole network, then all of a coupled space at once.
+
+  Args:
+    space: The `space` group of a config.
+    enter: As in `shrinking`, before the space opens.
+  """
+  entered = {"enter": enter} if enter else {}
+  return [_whole(180, dict.fromkeys(kinds(space), 1)), {"share": 25, "optim": _stage(True, 0.24)} | entered,
+          {"share": 125, "optim": _stage(False, 0.24)}]
+
+
+def delayed(space: Mapping[str, Any], enter: str = SORT) -> list[dict[str, Any]]:
+  """DεpS (ECCV 2024): 145 of 270 epochs of the whole network, then the recipe's sandwich, whose `ramp` is
+  the warm-up of the others; one learning-rate schedule over both.
+
+  Args:
+    space: Of no effect: all of it opens at once.
+    enter: As in `shrinking`, before the space opens.
+  """
+  del space
+  return [{"share": 145, "recipe": {"sampler": {"name": "largest"}}},
+          {"share": 125} | ({"enter": enter} if enter else {})]
+
+
+def _whole(share: int, closed: dict[str, int]) -> dict[str, Any]:
+  """The largest network, which has no teacher, under the config's own optimizer."""
+  return {"share": share, "open": closed, "recipe": {"sampler": {"name": "largest"}, "teacher": "largest"}}
+
+
+def _stage(few: bool, rate: float) -> dict[str, Any]:
+  """A stage of Once-for-All: its learning rate relative to that of the whole network, which is 2.6."""
+  # The short first of two stages: 25 epochs; otherwise 120 and 5 of warm-up.
+  return {"factor": (0.08 if few else rate) / 2.6, "warmup_steps": 0, "warmup_share": 0.0 if few else 5 / 125}
+
+
+def _kind(axis: str) -> str:
+  return re.sub(r"_\d+$", "", axis)
+
+
+def _largest(axis: str, values: Any, count: int | None) -> tuple:
+  """The largest choices, in their order."""
+  values = tuple(map(_plain, values))
+  size = lambda value: volume(Subnet(**{axis: value}))
+  kept = sorted(dict.fromkeys(values), key=size)[-count:] if count else values
+  return tuple(v for v in values if v in kept)
+
+
+def _among(value: Any, column: tuple) -> bool:
+  return _plain(value) in column
+
+
+def _plain(value: Any) -> Any:
+  return tuple(value) if isinstance(value, (list, tuple)) else value
