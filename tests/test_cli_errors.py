@@ -108,7 +108,7 @@ def write(folder, *replacements, name="tiny.py"):
   (('"none"', '"flip"'), ["'flip'"]),
   (('name="sgd"', 'name="sdg"'), ["optimizer 'sdg'", "adamw, sgd"]),
   (("momentum=0.9", "nesterov=True"), ["config.optim 'nesterov'", "momentum"]),
-  (('"constant"', '"step"'), ["schedule 'step'", "cosine, linear, constant"]),
+  (('"constant"', '"stair"'), ["schedule 'stair'", "cosine, linear, constant"]),
   (("steps=2", "steps=0"), ["config.train.steps", "got 0", "at least 1"]),
   (("data=1", "data=16"), ["16 devices", "8 are here"]),
   (("batch_size=8", "batch_size=6"), []),
