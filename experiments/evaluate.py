@@ -12,8 +12,8 @@ SUBNETS = flags.DEFINE_string("subnets", "", "sub-networks joined by ';'; the sp
                               "by default. Axes left out are as large as they may be")
 
 
-BATCHES = flags.DEFINE_list("calibration_batches", [], "instead, accuracy by the number of batches that calibrate, "
-                            "such as 0,1,4,16: of the smallest sub-network, or of --subnets")
+BATCHES = flags.DEFINE_list("calibration_batches", [], "instead, accuracy by the number of batches that "
+                            "calibrate, such as 0,1,4,16: of the smallest sub-network, or of --subnets")
 
 
 def main(argv):

@@ -133,8 +133,8 @@ def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence
   data = {split: arrays(run.dataset, split) for split in splits}
   images = calibration(run, supernet, max(*counts, 1))
   if not images:
-    raise UserError(f"{type(supernet.model).__name__} has no batch normalisation to calibrate; allowed is an "
-                    "evaluation without --calibration_batches")
+    raise UserError(f"{type(supernet.model).__name__} has no batch normalisation to calibrate; allowed is "
+                    "an evaluation without --calibration_batches")
   rows = []
   for count in counts:
     module, variables = member(run.step, state, subnet, images[:count])

@@ -58,12 +58,11 @@ def choose(rows: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> M
 def latencies(run: Run, state: TrainState, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """The rows with `latency_ms`, the median time of one image on the present device."""
   image = jnp.zeros((1, *run.dataset.shape), jnp.float32)
-  timed = []
+  # Any statistics take the time of the right ones.
+  images, timed = [x[:1] for x in evaluation.calibration(run, run.supernet, 1)], []
   for row in rows:
-    # Any statistics take the time of the right ones.
-    images = evaluation.calibration(run, run.supernet, 1)
-    module, variables = evaluation.member(
-      run.step, state, run.supernet.space.subnet(row["subnet"]), [x[:1] for x in images])
+    subnet = run.supernet.space.subnet(row["subnet"])
+    module, variables = evaluation.member(run.step, state, subnet, images)
     timed.append({**row, "latency_ms": cost.latency(module.apply, variables, image).median})
   return timed
 

@@ -83,8 +83,8 @@ class Sort:
     before, after = (np.asarray(_outputs(step, s), np.float32) for s in (state, sorted_))
     if not np.abs(before - after).max() <= TOLERANCE * np.ptp(before):
       raise UserError(f"the units of {', '.join(found)} in another order change what the largest network "
-                      f"computes by {np.abs(before - after).max():.3g}; allowed are axes whose units stand for "
-                      "themselves (option `axes`)")
+                      f"computes by {np.abs(before - after).max():.3g}; allowed are axes whose units stand "
+                      "for themselves (option `axes`)")
     return sorted_
 
 
@@ -105,8 +105,8 @@ def permuted(step: Step, state: TrainState, orders: Mapping[str, Order]) -> Trai
 
   def moved(x, weight, move):
     if x.shape != weight.shape and x.size > 1:
-      raise UserError(f"an optimizer's {list(x.shape)} for a weight of {list(weight.shape)} has no names to be "
-                      "reordered by; allowed is a phase that begins with an optimizer of its own")
+      raise UserError(f"an optimizer's {list(x.shape)} for a weight of {list(weight.shape)} has no names to "
+                      "be reordered by; allowed are optimizers whose state has the shapes of the weights")
     return move(x) if x.shape == weight.shape else x
 
   def of(state):
@@ -152,7 +152,8 @@ def orders(supernet: Supernet, axes: Any, weights: Any, wanted: Iterable[str], b
     lengths = full[space[0]]
     edges = [{size for tied in space for size in _at((trained or {}).get(tied, ()), layer)} | {
       length for tied in space[1:] for length in full[tied]} for layer in range(len(lengths))]
-    parts = [scores(axes, weights, tied, by, len(lengths), seen) for tied in space if tied in read or tied == axis]
+    parts = [scores(axes, weights, tied, by, len(lengths), seen)
+             for tied in space if tied in read or tied == axis]
     score = [sum(jnp.pad(s, (0, n - len(s))) for s in layer) for n, layer in zip(lengths, zip(*parts))]
     made = [ranked(s, e, supernet.space.groups.get(axis, 1)) for s, e in zip(score, edges)]
     for tied in space:
@@ -189,7 +190,8 @@ def scores(axes: Any, weights: Any, axis: str, by: str = "l1", layers: int = 1, 
              and (by != "activation" or path[0] in seen)]
   readers = [r for r in readers if GATE not in r[0]] or readers
   if not readers:
-    raise UserError(f"no kernel reads {axis}, so its units have no order; allowed are axes that one contracts")
+    raise UserError(f"no kernel reads {axis}, so its units have no order; allowed are axes that some "
+                    "kernel contracts")
   totals: list[Any] = [0.0] * layers
   depth, inside = depth_of(axis), axis in _inside(axes)
   for path, names, first, leaf in readers:

@@ -41,7 +41,8 @@ def permute(tree: Any, axes: Any, orders: Mapping[str, Order]) -> Any:
   for axis in orders:
     if axis not in known:
       raise one_of("axis", axis, sorted(known))
-  return jax.tree.map(lambda move, leaf: jax.tree.map(move, leaf), permutation(axes, orders), meta.unbox(tree))
+  moves = permutation(axes, orders)
+  return jax.tree.map(lambda move, leaf: jax.tree.map(move, leaf), moves, meta.unbox(tree))
 
 
 def permutation(axes: Any, orders: Mapping[str, Order]) -> Any:
@@ -78,7 +79,8 @@ def _mover(path, names: Axes, layers, orders) -> Callable[[Any], Any]:
       if isinstance(name, str):
         array = _reorder(array, dimension, names, orders[name], layers, path) if name in orders else array
       elif any(factor in orders for factor, _ in name):
-        raise UserError(f"{'/'.join(path)}: {str(names)!r} has a product axis, whose units cannot be reordered")
+        raise UserError(f"{'/'.join(path)}: {str(names)!r} has a product axis, whose units cannot be "
+                        "reordered")
     return array
 
   return move

@@ -1,4 +1,4 @@
-"""Statistics of sub-networks: moments by hand, slices and one program alike, evaluated and extracted with them."""
+"""Statistics of sub-networks: moments by hand, slices and one program alike; evaluated, extracted."""
 
 from __future__ import annotations
 
@@ -132,7 +132,8 @@ def test_an_array_of_sub_networks_is_one_program_with_the_statistics_of_their_sl
     alone = calibrate(NET.module(member), NET.cut(variables(), member), IMAGES)
     close(NET.cut({"batch_stats": jax.tree.map(lambda x: x[i], found)}, member)["batch_stats"], alone)
   # What a member has not is zero.
-  assert not found["blocks"]["up"]["norm"]["var"][1, 1:].any() and not found["stem"]["norm"]["mean"][0, 2:].any()
+  assert not found["blocks"]["up"]["norm"]["var"][1, 1:].any()
+  assert not found["stem"]["norm"]["mean"][0, 2:].any()
 
 
 def test_only_networks_that_normalise_by_batches_are_calibrated():
@@ -145,7 +146,7 @@ def test_only_networks_that_normalise_by_batches_are_calibrated():
 
 def test_evaluating_an_uncalibrated_network_says_so():
   data = {"image": IMAGES[0], "label": np.zeros(3, np.int32)}
-  with pytest.raises(ValueError, match="this Stack is not calibrated.*'batch_stats'.*nestnet.calibrate.calibrate"):
+  with pytest.raises(ValueError, match="this Stack is not calibrated.*'batch_stats'.*nestnet.calibrate"):
     dict(classification(NET.model, variables(), data))
 
 

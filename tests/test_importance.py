@@ -30,7 +30,7 @@ INPUT = (jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),)
 SMALL = MobileNet(3, widths=(8, 8, 8), head=(8, 16), strides=(1, 2, 1), squeeze=(False, False, True),
                   activations=("relu", "relu", "h_swish"), layers_1=1, layers_2=3, expand_1=2, expand_2=4,
                   kernel_1=3, kernel_2=5, stem=8, transforms=True)
-RESNET = ResNet50D(3, layers_1=2, layers_2=1, layers_3=1, layers_4=2, widths=(16, 24, 24, 32), stem=16)
+RESNET = ResNet50D(3, layers_1=2, layers_2=1, layers_3=1, layers_4=1, widths=(16, 24, 24, 32), stem=16)
 VIT = ViT(layers=2, embed=16, heads=4, mlp=16, classes=3, head_dim=4, features=12, drop_path=0.1)
 FAMILIES = {
   "mobilenet": (SMALL, mobilenet.space(SMALL, (1, 2, 3), (1, 2, 4), (3, 5))),
@@ -48,19 +48,22 @@ def family(name):
 @functools.cache
 def params(name):
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda s: (0.5 * rng.normal(size=s.shape)).astype(s.dtype), family(name).shapes["params"])
+  draw = lambda s: (0.5 * rng.normal(size=s.shape)).astype(s.dtype)
+  return jax.tree.map(draw, family(name).shapes["params"])
 
 
 def make(name, which="largest", **fields):
   net = family(name)
   recipe = Recipe(sampler(which, net.space), objective("classification"), teacher="ema", ema=0.5, **fields)
-  return Step(net, recipe, lambda mask: optax.sgd(0.05, momentum=0.9), make_mesh({"data": 1}), execution="slice")
+  return Step(net, recipe, lambda mask: optax.sgd(0.05, momentum=0.9), make_mesh({"data": 1}),
+              execution="slice")
 
 
 class Data:
   def __getitem__(self, step):
     rng = np.random.default_rng(step)
-    return {"image": rng.normal(size=(6, 8, 8, 1)).astype(np.float32), "label": np.arange(6, dtype=np.int32) % 3}
+    image = rng.normal(size=(6, 8, 8, 1)).astype(np.float32)
+    return {"image": image, "label": np.arange(6, dtype=np.int32) % 3}
 
 
 def close(a, b, tolerance=1e-5):
@@ -122,8 +125,7 @@ def test_a_step_and_an_order_commute(name):
   rng = np.random.default_rng(1)
   noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), state.trained)
   state = state.replace(trained=noisy)
-  wanted = {"mobilenet": ["stem", "embed_0", "embed_1", "embed_2", "hidden_1", "hidden_2", "squeeze_2", "head_0",
-                          "features"],
+  wanted = {"mobilenet": ["stem", "embed_1", "hidden_1", "hidden_2", "squeeze_2", "head_0", "features"],
             "resnet": ["stem", "embed_0", "embed_1", "embed_4", "hidden_1", "inner_1", "inner_4"],
             "vit": ["embed", "heads", "mlp"]}[name]
   found = orders(step.supernet, step.axes, state.trained, wanted)
@@ -139,7 +141,7 @@ def test_a_step_and_an_order_commute(name):
   close(permuted(step, whole[0][0], found), whole[1][0], 1e-4)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "vit" else pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.parametrize("name", ["vit", pytest.param("mobilenet", marks=pytest.mark.slow)])
 def test_members_that_trained_before_compute_the_same(name):
   """And the smallest has changed where units were free."""
   before = make(name, "sandwich")
@@ -183,7 +185,7 @@ def test_what_cannot_be_sorted_is_said():
     "classification")), lambda mask: optax.sgd(0.1), make_mesh({"data": 1}), execution="slice")
   state = step.init()
   sort = lambda **options: Sort(**options)(state, Border(None, step, Data()))
-  with pytest.raises(ValueError, match="units of embed in another order change what the largest network computes"):
+  with pytest.raises(ValueError, match="units of embed in another order change what the largest network"):
     sort(axes=("embed",))
   with pytest.raises(ValueError, match="unknown axis to sort 'embde'; did you mean 'embed'"):
     sort(axes=("embde",))
@@ -205,7 +207,8 @@ def test_a_phase_names_its_order():
     "data": {"name": "digits", "data_dir": ""}, "optim": {"name": "sgd", "learning_rate": 0.1},
     "train": {"steps": 2, "batch_size": 8, "checkpoint_every": 2, "log_every": 1, "eval_every": 0},
     "mesh": {"data": 1}}
-  enter = lambda value: build.build(config | {"phases": [{"steps": 1}, {"steps": 1, "enter": value}]}).phases[1].enter
+  phases = lambda value: [{"steps": 1}, {"steps": 1, "enter": value}]
+  enter = lambda value: build.build(config | {"phases": phases(value)}).phases[1].enter
   assert enter("nestnet.importance:Sort") == Sort()
   assert enter({"name": "nestnet.importance:Sort", "by": "activation"}) == Sort(by="activation")
   with pytest.raises(ValueError, match="unknown option of the transition nestnet.importance:Sort 'how'"):

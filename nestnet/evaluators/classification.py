@@ -41,8 +41,8 @@ def _logits(module, variables, images):
   outputs, recorded = module.apply(variables, images, mutable=[STATISTICS])
   if jax.tree.leaves(recorded):
     # Its predictions would depend on which images stand beside one another.
-    raise UserError(f"this {type(module).__name__} is not calibrated: it has batch normalisation and its variables "
-                    f"hold no {STATISTICS!r}; first: variables[{STATISTICS!r}] = "
+    raise UserError(f"this {type(module).__name__} is not calibrated: it has batch normalisation and its "
+                    f"variables hold no {STATISTICS!r}; first: variables[{STATISTICS!r}] = "
                     "nestnet.calibrate.calibrate(module, variables, batches of training images)")
   return outputs["logits"]
 
