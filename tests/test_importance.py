@@ -138,7 +138,7 @@ def test_a_step_and_an_order_commute(name):
   copy = jax.tree.map(jnp.copy, state)
   whole = [step(s, put_batch(Data()[1], step.mesh), 1) for s in (copy, other)]
   close(whole[0][1]["loss"], whole[1][1]["loss"])
-  close(permuted(step, whole[0][0], found), whole[1][0], 1e-4)
+  close(permuted(step, whole[0][0], found), whole[1][0], 1e-3)
 
 
 @pytest.mark.parametrize("name", ["vit", pytest.param("mobilenet", marks=pytest.mark.slow)])
