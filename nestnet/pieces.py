@@ -181,8 +181,19 @@ class Pieces:
         self._found[key] = _layer_piece(_name(key), *layer)
       return self._found[key]
 
-    around = self._trace(subnet, _name(keys[0]), make)
-    self._found.setdefault(keys[0], around)
+    if any(key not in self._found for key in keys[1:]):
+      self._trace(subnet, AROUND, make)
+    if keys[0] not in self._found:
+      # Of whichever member it is asked for, it is the same program.
+      self._found[keys[0]] = self._trace(
+        self._shallow(subnet), _name(keys[0]), lambda _, *layer: _layer_piece("", *layer))
+
+  def _shallow(self, subnet: Subnet) -> Subnet:
+    """A member with the same sizes around its layers, and one layer in each stack."""
+    depths = {stack.depth for stack in self._stacks}
+    first = lambda axis, size: 1 if axis in depths else (
+      size[0] if isinstance(size, tuple) and depth_of(axis) in depths else size)
+    return Subnet(**{axis: first(axis, size) for axis, size in subnet.chosen.items()})
 
   def _trace(self, subnet: Subnet, name: str, make: Callable[..., Piece]) -> Piece:
     """What stands around the layers of a member; `make(place, layer, x, ...)` gives each layer's piece."""

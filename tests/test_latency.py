@@ -16,7 +16,7 @@ from nestnet.models import mobilenet
 from nestnet.models.mobilenet import MobileNet
 
 IMAGES = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
-MODEL = MobileNet(3, widths=(8, 8), head=(8,), strides=(1, 1), squeeze=(False, False),
+MODEL = MobileNet(3, widths=(8, 16), head=(8,), strides=(1, 1), squeeze=(False, False),
                   activations=("relu", "relu"), layers_1=2, expand_1=2, kernel_1=3, stem=8)
 NET = Supernet(MODEL, mobilenet.space(MODEL, (1, 2), (1, 2), (3,)), (IMAGES,))
 

@@ -25,7 +25,7 @@ SMALL = MobileNet(3, widths=(8, 8, 16), head=(16, 24), strides=(1, 2, 1), squeez
 MOBILE = Supernet(SMALL, mobilenet.space(SMALL, (1, 2, 3), (1, 2, 3), (3, 5)), (INPUT,))
 # A first stage of one block, as ProxylessNAS has as its last.
 ONE = Supernet(SMALL.clone(layers_1=1, transforms=True),
-               mobilenet.space(SMALL.clone(layers_1=1), (1, 3), (1, 3), (3, 5)), (INPUT,))
+               mobilenet.space(SMALL.clone(layers_1=1), (1, 3), (2, 3), (3, 5)), (INPUT,))
 RESNET = ResNet50D(3, layers_1=2, layers_2=2, layers_3=2, layers_4=2, widths=(16, 24, 32, 40), stem=16)
 RES = Supernet(RESNET, resnet50d.space(RESNET, (1, 0), width=(65, 100)), (INPUT,))
 
@@ -63,3 +63,11 @@ def test_inputs_of_another_size_cost_what_they_cost():
   larger = jax.ShapeDtypeStruct((1, 20, 20, 1), jnp.float32)
   member = MOBILE.space.smallest
   assert Pieces(MOBILE, (larger,)).costs(member)["flops"] == cost.flops(MOBILE.module(member), larger)
+
+
+def test_what_stands_around_is_one_program_whoever_is_asked_first():
+  programs = set()
+  for member in (MOBILE.space.smallest, MOBILE.space.largest):
+    piece = Pieces(MOBILE).of(member)[0]
+    programs.add(jax.jit(piece.run).lower(piece.variables, *piece.inputs).as_text())
+  assert len(programs) == 1

@@ -49,7 +49,7 @@ def test_it_learns_a_function_of_genes():
   made = predict.train(SPACE, members[60:], accuracies[60:], hidden=(32, 32), epochs=200)
   found = predict.quality(made(members[:60]), accuracies[:60])
   spread = np.std(accuracies[:60])
-  assert found["kendall_tau"] > 0.9 and found["rmse"] < 0.25 * spread, (found, spread)
+  assert found["kendall_tau"] > 0.9 and found["rmse"] < 0.4 * spread, (found, spread)
   np.testing.assert_array_equal(made(members[:60])[:5], made(members[:5]))
 
 
