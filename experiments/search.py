@@ -16,11 +16,12 @@ LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many millisecon
 METHOD = flags.DEFINE_enum("method", "evolution", ["evolution", "nsga2", "coarse_to_fine"], "how to search")
 COSTS = flags.DEFINE_list("costs", [], "what nsga2 weighs against accuracy: params, flops, latency_ms; "
                           "by default those with a budget, or flops")
-ACCURACY = flags.DEFINE_enum("accuracy", "auto", ["auto", "predicted", "measured"], "by a predictor, or by "
+ACCURACY = flags.DEFINE_enum("accuracy", "auto", ["auto", "predicted", "measured"], "by a predictor or "
                              "evaluating each; auto measures small families and coarse_to_fine")
 SAMPLES = flags.DEFINE_integer("samples", 500, "random members that the predictor learns from")
 POPULATION = flags.DEFINE_integer("population", 100, "members of a generation")
-GENERATIONS = flags.DEFINE_integer("generations", None, "how many; by default 500, nsga2 40, coarse_to_fine 5")
+GENERATIONS = flags.DEFINE_integer("generations", None, "how many; by default 500, of nsga2 40, of "
+                                  "coarse_to_fine 5")
 SEED = flags.DEFINE_integer("seed", 0, "of the search")
 BEYOND = flags.DEFINE_bool("beyond_pool", False, "search the whole space where it has a pool")
 

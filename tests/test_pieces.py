@@ -32,7 +32,8 @@ RES = Supernet(RESNET, resnet50d.space(RESNET, (1, 0), width=(65, 100)), (INPUT,
 
 @pytest.mark.parametrize("net, texts", [
   (VIT, ["layers=0+2,embed=8,features=4", "layers=2,mlp=8:16,features=4"]),
-  (MOBILE, ["layers_2=0+2,expand_2=3:1,kernel_2=5:3"]), (ONE, []), (RES, ["layers_0=1,width_2=65"]),
+  (MOBILE, ["layers_2=0+2,expand_2=3:1,kernel_2=5:3"]), (ONE, []),
+  pytest.param(RES, ["layers_0=1,width_2=65"], marks=pytest.mark.slow),
 ], ids=["vit", "mobilenet", "one block", "resnet"])
 def test_sums_are_exact(net, texts):
   pieces = Pieces(net)
@@ -42,7 +43,7 @@ def test_sums_are_exact(net, texts):
                                     "flops": cost.flops(module, INPUT)}, member
 
 
-@pytest.mark.parametrize("net", [VIT, MOBILE], ids=["vit with remat", "mobilenet"])
+@pytest.mark.parametrize("net", [VIT, pytest.param(MOBILE, marks=pytest.mark.slow)], ids=["vit", "mobilenet"])
 def test_training_too(net):
   member = net.space.sample(3)
   assert Pieces(net).train_flops(member) == cost.flops(net.module(member), INPUT, train=True)
