@@ -7,7 +7,7 @@ Another method trains with its name as the argument: `--config=configs/digits_cl
 
 import ml_collections
 
-from nestnet.recipes import recipe
+from nestnet.recipes import phases, recipe
 
 # Matryoshka methods nest the features of one size, a network of a third of the cost.
 FEATURES = (3, 6, 12, 48)
@@ -31,6 +31,8 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
     config.recipe = recipe("separate") if alone else recipe(method, sizes=FEATURES)
   else:
     config.recipe = recipe(method)
+    if several := phases(method, config.space):
+      config.phases = several
   config.data = dict(name="digits_clutter", data_dir="", augment="none")
   config.optim = dict(name="adamw", learning_rate=4e-3, schedule="cosine", warmup_steps=50,
                       weight_decay=0.05, clip_norm=1.0, b1=0.9, b2=0.99)

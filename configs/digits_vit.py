@@ -11,7 +11,7 @@ Another method trains with its name as the argument: `--config=configs/digits_vi
 
 import ml_collections
 
-from nestnet.recipes import recipe
+from nestnet.recipes import phases, recipe
 
 
 def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
@@ -33,6 +33,8 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
     config.recipe = recipe("separate") if alone else recipe(method, sizes=(4, 8, 16, 32, 64))
   else:
     config.recipe = recipe(method)
+    if several := phases(method, config.space):
+      config.phases = several
   config.data = dict(name="digits", data_dir="", augment="digits")
   config.optim = dict(name="adamw", learning_rate=4e-3, schedule="cosine", warmup_steps=50,
                       weight_decay=0.05, clip_norm=1.0, b1=0.9, b2=0.99)

@@ -34,7 +34,8 @@ def get_config(method: str = "ofa") -> ml_collections.ConfigDict:
     config.space = dict(couple={f"layers_{s} expand_{s}": ((2, 3), (3, 4), (4, 6)) for s in STAGES},
                         **{f"kernel_{s}": (7,) for s in STAGES})
   config.recipe = recipes.recipe(method)
-  config.phases = recipes.phases(method, config.space)
+  if several := recipes.phases(method, config.space):
+    config.phases = several
   # What `experiments.plan` needs to know of the images; checked against them where they are read.
   config.data = dict(name="imagenet2012", data_dir="", augment="none", shape=(224, 224, 3), classes=1000)
   config.optim = recipes.optim(method)

@@ -108,7 +108,7 @@ def write(folder, *replacements, name="tiny.py"):
   (('"none"', '"flip"'), ["'flip'"]),
   (('name="sgd"', 'name="sdg"'), ["optimizer 'sdg'", "adamw, sgd"]),
   (("momentum=0.9", "nesterov=True"), ["config.optim 'nesterov'", "momentum"]),
-  (('"constant"', '"stair"'), ["schedule 'stair'", "cosine, linear, constant"]),
+  (('"constant"', '"stairs"'), ["schedule 'stairs'", "cosine, linear, constant"]),
   (("steps=2", "steps=0"), ["config.train.steps", "got 0", "at least 1"]),
   (("data=1", "data=16"), ["16 devices", "8 are here"]),
   (("batch_size=8", "batch_size=6"), []),
@@ -226,27 +226,8 @@ def test_extract_does_not_replace_what_is_not_its_own(finished, tmp_path, refuse
   assert contents(tmp_path) == {pathlib.Path("notes.txt"): b"mine"}
 
 
-@pytest.mark.parametrize("choice, words", [
-  (["--max_params=10"], ["no sub-network has params of at most 10; the cheapest: params "]),
-  (["--max_flops=10", "--max_params=1e9", "--method=nsga2"], ["flops of at most 10", "flops "]),
-  (["--max_params=few"], ["max_params", "few"]),
-  (["--max_params=-1"], ["budget of params: got -1", "more than 0"]),
-  (["--max_parms=1e9"], ["'--max_parms'; did you mean '--max_params'"]),
-  (["--max_params=1e9", "--method=evolutoin"], ["method", "evolution|nsga2|coarse_to_fine"]),
-  (["--method=nsga2", "--costs=flosp"], ["'flosp'; did you mean 'flops'"]),
-  (["--max_params=1e9", "--population=2"], ["population: got 2", "at least 4"]),
-  (["--max_params=1e9", "--samples=2"], ["samples: got 2", "at least 20"]),
-  ([], ["--max_params", "--max_flops", "--max_latency_ms", "nsga2"]),
-])
-def test_search_refuses(finished, tmp_path, refused, choice, words):
-  before = contents(finished / "run")
-  refused("search", f"--workdir={finished}/run", f"--out={tmp_path}/out", *choice, words=words)
-  assert contents(finished / "run") == before and not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("script, arguments", [
-  ("evaluate", ["--subnets=embed=8"]), ("extract", ["--subnet=embed=8", "--out=/nonexistent/out"]),
-  ("search", ["--max_params=1e9", "--out=/nonexistent/out"])])
+  ("evaluate", ["--subnets=embed=8"]), ("extract", ["--subnet=embed=8", "--out=/nonexistent/out"])])
 def test_runs_that_are_not_there_or_damaged(run, refused, script, arguments):
   refused(script, f"--workdir={run.parent}/none", *arguments, words=["no run in", "config.json"])
   whole = (run / "config.json").read_text()

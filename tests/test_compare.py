@@ -5,7 +5,7 @@ import json
 import ml_collections
 import pytest
 
-from nestnet import build, compare, errors, evaluation, jobs, recipes, report
+from nestnet import build, compare, errors, evaluation, jobs, recipes, report, runs
 
 SIZES = ("layers=1,embed=8,heads=2,mlp=16", "layers=2,embed=16,heads=2,mlp=16")
 
@@ -39,6 +39,26 @@ def test_equal_flops_are_the_sum_of_the_separate_runs(tmp_path):
       assert evaluation.budget(build.build(flops.config), flops.steps)["train_flops"] == pytest.approx(
         sum(t.train_flops for t in alone), rel=0.01)
   assert len({task.workdir for task in tasks}) == len(tasks)
+
+
+def test_phases_that_are_shares_follow_the_budget(tmp_path):
+  """Members of the pool taught by the whole network, which trains in the first phase."""
+  shrinking = config("ofa", 200)
+  shrinking["phases"] = recipes.phases("ofa", shrinking["space"])
+  tasks = compare.plan([config("separate", 200), shrinking], 1, tmp_path)
+  alone = sum(t.train_flops for t in tasks if t.recipe == "separate")
+  steps, flops = (next(t for t in tasks if (t.recipe, t.budgets) == ("ofa", (b,)))
+                  for b in ("equal steps", "equal FLOPs"))
+  assert (steps.steps, flops.train_flops) == (200, pytest.approx(alone, rel=0.01)) and flops.steps < 200
+  run = build.build(flops.config)
+  assert evaluation.budget(run, flops.steps)["train_flops"] == pytest.approx(flops.train_flops)
+  assert [phase.steps / flops.steps for phase in run.phases] == pytest.approx(
+    [180 / 430, 125 / 430, 125 / 430], abs=0.01)
+  # The folder is that of these steps: with others the phases would begin elsewhere.
+  runs.settle(flops.config, tmp_path / "run")
+  longer = flops.config | {"train": flops.config["train"] | {"steps": flops.steps + 1}}
+  with pytest.raises(errors.UserError, match="train.steps"):
+    runs.settle(longer, tmp_path / "run")
 
 
 def test_budgets_of_equal_steps_share_a_run(tmp_path):

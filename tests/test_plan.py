@@ -139,3 +139,20 @@ def test_vit_l_is_planned_without_its_images():
   phases, batch = plan.build.planned(made, jax.devices())
   params = sum(x.size for x in jax.tree.leaves(phases[0].step.abstract().trained))
   assert 303e6 < params < 305e6 and batch["image"].shape == (4096, 224, 224, 3)
+
+
+@pytest.mark.slow
+def test_shrinking_of_a_mobile_network_is_planned_without_its_images():
+  """Six phases over the paper's space, which opens from one member to all; few pixels make it quick."""
+  made = cli.load_config(str(ROOT / "configs" / "imagenet_ofa_mbv3.py"))
+  made.data.shape, made.mesh.data = (32, 32, 3), 1
+  # One program for all members is another matter.
+  made.train.execution = "slice"
+  phases, batch = plan.build.planned(made, jax.devices()[:1])
+  assert [round(p.steps / made.train.steps * 605) for p in phases] == [180, 125, 25, 125, 25, 125]
+  assert [p.step.supernet.space.size for p in phases] == [
+    1, 3 ** 20, (3 ** 3 + 3 ** 4) ** 5, (3 ** 2 + 3 ** 3 + 3 ** 4) ** 5, (6 ** 2 + 6 ** 3 + 6 ** 4) ** 5,
+    (9 ** 2 + 9 ** 3 + 9 ** 4) ** 5]
+  assert [p.fresh_optimizer for p in phases] == [False] + 5 * [True]
+  assert [p.step.recipe.teacher for p in phases] == ["largest"] + 5 * ["frozen"]
+  assert batch["image"].shape == (2048, 32, 32, 3)
