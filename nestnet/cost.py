@@ -203,7 +203,10 @@ def _equation_flops(equation: jex.JaxprEqn) -> int:
         f"cannot count the FLOPs of a matrix product or convolution inside {name!r}: the number of "
         "times that it runs is unknown; use jax.lax.scan (or fori_loop with constant bounds)")
   if name == "cond":
-    return max(inner, default=0)
+    # Of one way for each platform, that of platforms in general: products that another one takes
+    # instead of a convolution are no work of the network.
+    platforms = params.get("branches_platforms") or ()
+    return inner[platforms.index(None)] if None in platforms else max(inner, default=0)
   if name == "scan":
     return params["length"] * sum(inner)
   if name == "shard_map":

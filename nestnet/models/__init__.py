@@ -11,6 +11,8 @@ from nestnet.errors import one_of
 ARCHITECTURES = {
   "ViT": "nestnet.models.vit:ViT", "MobileNet": "nestnet.models.mobilenet:MobileNet",
   "MobileNetV3": "nestnet.models.mobilenet_v3:MobileNetV3",
+  "SmallMobileNet": "nestnet.models.small_mobilenet:SmallMobileNet",
+  "BigNAS": "nestnet.models.big_nas:BigNAS", "AttentiveNAS": "nestnet.models.big_nas:AttentiveNAS",
   "ProxylessNAS": "nestnet.models.proxyless_nas:ProxylessNAS",
   "ResNet50D": "nestnet.models.resnet50d:ResNet50D"}
 

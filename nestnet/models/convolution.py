@@ -16,6 +16,7 @@ import numpy as np
 
 from nestnet.axes import axes
 from nestnet.errors import UserError, one_of
+from nestnet.models.depthwise import convolution
 from nestnet.models.layers import Linear
 from nestnet.subnet import Subnet
 
@@ -49,71 +50,12 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   return ACTIVATIONS[name]
 
 
-def convolution(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-  """Convolves with as much zero padding on each side as half of an odd kernel.
-
-  Unlike `"SAME"` the padding is equal on both sides for a stride of 2 too, as in PyTorch.
-
-  Args:
-    x: `[batch, rows, columns, channels]`.
-    kernel: `[rows, columns, channels, features]`; or `[rows, columns, channels]`, depthwise: each
-      channel with its own filter.
-    stride: Of both directions.
-
-  Example:
-    >>> images = jnp.ones((1, 4, 4, 2))
-    >>> convolution(images, jnp.ones((3, 3, 2)), 2)[0, :, :, 0].tolist()
-    [[4.0, 6.0], [6.0, 9.0]]
-    >>> convolution(images, jnp.ones((3, 3, 2, 5))).shape
-    (1, 4, 4, 5)
-  """
-  if kernel.ndim == 3:
-    return _depthwise(x, kernel.astype(x.dtype), stride)
-  return _convolve(x, kernel.astype(x.dtype), stride)
-
-
-def _convolve(x, kernel, stride):
-  groups = x.shape[-1] // kernel.shape[2]
-  padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
-  return jax.lax.conv_general_dilated(
-    x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    feature_group_count=groups)
-
-
-def _grouped(x, kernel, stride):
-  return _convolve(x, kernel[:, :, None, :], stride)
-
-
-def _shifted(x, kernel, stride):
-  """The sum of shifted products, which XLA runs several times faster than its convolution on CPU."""
-  rows, columns = kernel.shape[:2]
-  x = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
-  tall, wide = (x.shape[1] - rows) // stride * stride + 1, (x.shape[2] - columns) // stride * stride + 1
-  total = None
-  for i in range(rows):
-    for j in range(columns):
-      seen = x[:, i:i + tall:stride, j:j + wide:stride]
-      product = seen * kernel[i, j].reshape(1, 1, 1, -1)
-      total = product if total is None else total + product
-  return total
-
-
-def _depthwise_forward(x, kernel, stride):
-  # Chosen where the program is lowered: a step for another kind of device is compiled on CPU machines.
-  return jax.lax.platform_dependent(
-    x, kernel, cpu=lambda x, k: _shifted(x, k, stride), default=lambda x, k: _grouped(x, k, stride))
-
-
-def _depthwise_backward(stride, saved, cotangents):
-  def pull(function):
-    return lambda x, kernel, g: jax.vjp(lambda x, k: function(x, k, stride), x, kernel)[1](g)
-  return jax.lax.platform_dependent(*saved, cotangents, cpu=pull(_shifted), default=pull(_grouped))
-
-
-# Differentiated as it stands, the choice would keep what either of its sides needs.
-_depthwise = jax.custom_vjp(_depthwise_forward, nondiff_argnums=(2,))
-_depthwise.defvjp(lambda x, kernel, stride: (_depthwise_forward(x, kernel, stride), (x, kernel)),
-                  _depthwise_backward)
+def average(x: jax.Array, size: int) -> jax.Array:
+  """Means of squares of `size` positions side by side; at the far edges of those that are left."""
+  if size == 1:
+    return x
+  rows, columns = (-n % size for n in x.shape[1:3])
+  return nn.avg_pool(x, (size, size), (size, size), ((0, rows), (0, columns)), count_include_pad=False)
 
 
 def he_fan_out(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -244,21 +186,21 @@ class BatchNorm(nn.Module):
   Attributes:
     axis: Name of the channels.
     epsilon: Added to the variance.
+    zero: Whether the scale starts at 0 instead of 1.
     dtype: Of the result.
     param_dtype: Of the stored parameters.
   """
 
   axis: str
   epsilon: float = 1e-5
+  zero: bool = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, train: bool):
     """Normalises each channel of `[batch, rows, columns, channels]`."""
-    shape = x.shape[-1:]
-    scale = self.param("scale", axes(nn.initializers.ones, f"-> {self.axis}"), shape, self.param_dtype)
-    bias = self.param("bias", axes(nn.initializers.zeros, f"-> {self.axis}"), shape, self.param_dtype)
+    scale, bias = _affine(self, x.shape[-1:])
     record = self.is_mutable_collection(STATISTICS) and not self.is_initializing()
     if self.has_variable(STATISTICS, "mean") and not train and not record:
       mean, var = (self.get_variable(STATISTICS, key) for key in ("mean", "var"))
@@ -274,8 +216,67 @@ class BatchNorm(nn.Module):
     return (x * factor + offset).astype(self.dtype)
 
 
+class GroupNorm(nn.Module):
+  """Normalises groups of channels image by image (1803.08494), so that it needs no calibration.
+
+  A group has a fixed number of channels: a sub-network that keeps the leading ones keeps whole groups,
+  each with the statistics that it has in the largest network.
+
+  Attributes:
+    axis: Name of the channels.
+    size: Channels in a group.
+    epsilon: Added to the variance.
+    zero: Whether the scale starts at 0 instead of 1.
+    dtype: Of the result.
+    param_dtype: Of the stored parameters.
+  """
+
+  axis: str
+  size: int = 8
+  epsilon: float = 1e-5
+  zero: bool = False
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train: bool):
+    """Normalises `[batch, rows, columns, channels]`; alike in training and behind it.
+
+    Raises:
+      ValueError: The channels are no multiple of the size of a group.
+    """
+    del train
+    if x.shape[-1] % self.size:
+      raise UserError(f"GroupNorm: {self.axis}={x.shape[-1]} does not divide into groups of {self.size}")
+    scale, bias = _affine(self, x.shape[-1:])
+    groups = x.reshape(len(x), -1, x.shape[-1] // self.size, self.size)
+    groups = groups.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = groups.mean((1, 3), keepdims=True)
+    var = jnp.square(groups - mean).mean((1, 3), keepdims=True)
+    normal = ((groups - mean) * jax.lax.rsqrt(var + self.epsilon)).reshape(x.shape)
+    return (normal * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)).astype(self.dtype)
+
+
+def _affine(norm, shape):
+  """The scale and the offset of a normalisation."""
+  start = nn.initializers.zeros if norm.zero else nn.initializers.ones
+  return (norm.param("scale", axes(start, f"-> {norm.axis}"), shape, norm.param_dtype),
+          norm.param("bias", axes(nn.initializers.zeros, f"-> {norm.axis}"), shape, norm.param_dtype))
+
+
+NORMS = ("batch", "group")
+
+
+def check_norm(name: str, norm: str, group: int) -> None:
+  """Raises `ValueError` for an unknown norm, or groups into which not every width divides."""
+  if norm not in NORMS:
+    raise one_of(f"norm of {name}", norm, NORMS)
+  if group not in (1, 2, 4, 8):
+    raise UserError(f"{name}: group={group}; allowed are 1, 2, 4 and 8, since widths are multiples of 8")
+
+
 class ConvNorm(nn.Module):
-  """A convolution, batch normalisation and an activation.
+  """A convolution, a normalisation and an activation.
 
   Attributes:
     reads: Axis of its input channels; None: depthwise.
@@ -285,6 +286,9 @@ class ConvNorm(nn.Module):
     stride: Of both directions.
     act: Name of the activation.
     epsilon: Of the normalisation.
+    norm: `"batch"` or `"group"`.
+    group: Channels in a group of the latter.
+    zero: Whether the scale of the normalisation starts at 0.
     choice: As in `Convolution`.
     transforms: As in `Convolution`.
     dtype: Of the computation.
@@ -298,6 +302,9 @@ class ConvNorm(nn.Module):
   stride: int = 1
   act: str = "none"
   epsilon: float = 1e-5
+  norm: str = "batch"
+  group: int = 8
+  zero: bool = False
   choice: str | None = None
   transforms: bool = False
   dtype: Any = jnp.float32
@@ -309,7 +316,10 @@ class ConvNorm(nn.Module):
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     x = Convolution(self.reads, self.writes, self.features, self.kernel, self.stride, self.choice,
                     self.transforms, name="conv", **dtypes)(x)
-    return activation(self.act)(BatchNorm(self.writes, self.epsilon, name="norm", **dtypes)(x, train))
+    options = dict(epsilon=self.epsilon, zero=self.zero, name="norm", **dtypes)
+    norm = (BatchNorm(self.writes, **options) if self.norm == "batch" else
+            GroupNorm(self.writes, self.group, **options))
+    return activation(self.act)(norm(x, train))
 
 
 class SqueezeExcite(nn.Module):

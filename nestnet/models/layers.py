@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.axes import Axes, axes
+from nestnet.models.stack import constant
 
 
 class Linear(nn.Module):
@@ -85,3 +86,15 @@ def layer_norm(name: str, axis: str = "embed", dtype: Any = jnp.float32,
     epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, name=name,
     scale_init=axes(nn.initializers.ones, f"-> {axis}"),
     bias_init=axes(nn.initializers.zeros, f"-> {axis}"))
+
+
+def residual(module: nn.Module, y: jax.Array, constants: Any, dropout: float, train: bool) -> jax.Array:
+  """What a residual branch adds: `y`, in training with dropout and the layer's drop path."""
+  rate = constant(module, "drop_path", constants) if constants else None
+  if not train:
+    return y
+  y = nn.Dropout(dropout, deterministic=False)(y) if dropout else y
+  if rate is None:
+    return y
+  keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, (len(y),) + (1,) * (y.ndim - 1))
+  return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)

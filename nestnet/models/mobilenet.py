@@ -1,13 +1,14 @@
 """Networks of inverted residual blocks (1801.04381) in stages: MobileNetV3 and ProxylessNAS.
 
 Depth, and in each block the expansion and the size of the kernel, are choices, as in Once-for-All
-(1908.09791); the widths of the stages are fixed.
+(1908.09791); and where a space has it the width of each stage, as in BigNAS (2003.11142).
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.errors import UserError, one_of
-from nestnet.models.convolution import ConvNorm, Convolution, SqueezeExcite, activation, divisible
-from nestnet.models.layers import Linear
+from nestnet.models.convolution import (
+  ConvNorm, Convolution, SqueezeExcite, activation, average, check_norm, divisible)
+from nestnet.models.layers import Linear, residual
 from nestnet.models.stack import stack
 from nestnet.space import Space
 from nestnet.subnet import Size, Subnet, kept_ids
@@ -27,16 +29,24 @@ STAGES = 6
 class MobileNet(nn.Module):
   """Images `[batch, rows, columns, channels]` to `logits` and `features`.
 
-  `layers_1`, `expand_1` and `kernel_1`, up to the number of stages, are the axes along which it nests;
-  `expand` and `kernel` may be tuples with one size a block. They are choices: `sizes` says how long the
-  axes of the parameters are for them. The first block of a stage has its stride and is always there.
+  `layers_1`, `expand_1`, `kernel_1` and `embed_1`, up to the number of stages, are the axes along which it
+  nests, and `stem`, `embed_0`, `head_0` and `features`; `expand` and `kernel` may be tuples with one size a
+  block. They are choices: `sizes` says how long the axes of the parameters are for them. The first block
+  of a stage has its stride and is always there.
 
   Attributes:
     classes: Number of classes; 0 for a backbone without a head.
+    layers_0: Number of blocks, without expansion, of a stage before the first; None: there is a single
+      one, whose kernel is 3 x 3 (Once-for-All's fixed block).
+    kernel_0: As `kernel_1`, of that stage.
     layers_1: Number of blocks in the first stage; so for the others. Fields of stages that `widths`
       does not list are without effect.
     expand_1: Hidden channels of a block as a multiple of the channels that it reads.
     kernel_1: Side of the depthwise kernel, odd.
+    embed_0: Channels of the fixed block or the stage before the first; None: as `widths` says.
+    embed_1: Channels of the first stage; so for the others.
+    head_0: Channels of the convolution behind the stages, where projections follow; None: as `head` says.
+    features: Channels that the classifier reads; None: as `head` says.
     width: Multiplies all widths, which are then rounded to multiples of 8.
     stem: Channels of the first convolution.
     widths: Channels of the fixed block behind the stem, then of each stage.
@@ -48,8 +58,17 @@ class MobileNet(nn.Module):
     stem_activation: Of the first convolution.
     head_activation: Of the head.
     transforms: Whether smaller kernels are learned transforms of larger ones, else their centres.
-    epsilon: Of the batch normalisation.
+    shortcuts: Whether the first block of a stage has a residual branch too (BigNAS): what it reads is
+      averaged over the stride and projected. The projection is there for equal widths too, since members
+      have others.
+    zero_gamma: Whether residual branches start at 0: the scale of their last normalisation does.
+    norm: `"batch"`, or `"group"`, which needs no calibration.
+    group: Channels in a group: 1, 2, 4 or 8, as all widths are multiples of 8.
+    epsilon: Of the normalisation.
     dropout: Rate of dropout on the features.
+    drop_path: Rate of dropping a residual branch behind all blocks; a block's own rate is in proportion
+      to the number of blocks before it.
+    drop_path_stages: How many stages, from the last one, drop branches (2 in AttentiveNAS, 2011.09011).
     remat: Whether to recompute blocks in the backward pass.
     unroll: Blocks in one iteration of the scan over the equal blocks of a stage.
     dtype: Of the computation.
@@ -57,6 +76,7 @@ class MobileNet(nn.Module):
   """
 
   classes: int
+  layers_0: int | None = None
   layers_1: int = 4
   layers_2: int = 4
   layers_3: int = 4
@@ -69,12 +89,22 @@ class MobileNet(nn.Module):
   expand_4: Size = 6
   expand_5: Size = 6
   expand_6: Size = 6
+  kernel_0: Size = 3
   kernel_1: Size = 7
   kernel_2: Size = 7
   kernel_3: Size = 7
   kernel_4: Size = 7
   kernel_5: Size = 7
   kernel_6: Size = 7
+  embed_0: int | None = None
+  embed_1: int | None = None
+  embed_2: int | None = None
+  embed_3: int | None = None
+  embed_4: int | None = None
+  embed_5: int | None = None
+  embed_6: int | None = None
+  head_0: int | None = None
+  features: int | None = None
   width: float = 1.0
   stem: int = 16
   widths: tuple[int, ...] = (16, 24, 40, 80, 112, 160)
@@ -86,8 +116,14 @@ class MobileNet(nn.Module):
   stem_activation: str = "h_swish"
   head_activation: str = "h_swish"
   transforms: bool = False
+  shortcuts: bool = False
+  zero_gamma: bool = False
+  norm: str = "batch"
+  group: int = 8
   epsilon: float = 1e-5
   dropout: float = 0.0
+  drop_path: float = 0.0
+  drop_path_stages: int = 2
   remat: bool = False
   unroll: int = 1
   dtype: Any = jnp.float32
@@ -104,8 +140,13 @@ class MobileNet(nn.Module):
                         f"widths has {count}")
     for act in (*self.activations, self.stem_activation, self.head_activation):
       activation(act)
-    if not 0 <= self.dropout < 1:
-      raise UserError(f"{name}: dropout={self.dropout}; allowed is [0, 1)")
+    for field in ("dropout", "drop_path"):
+      if not 0 <= getattr(self, field) < 1:
+        raise UserError(f"{name}: {field}={getattr(self, field)}; allowed is [0, 1)")
+    check_norm(name, self.norm, self.group)
+    if self.head_0 is not None and len(self.head) == 1:
+      raise UserError(f"{name}: head_0={self.head_0}, and head={self.head} ends with this convolution; its "
+                      "channels are features")
     for stage in self.stages:
       kernel = getattr(self, f"kernel_{stage}")
       for size in kernel if isinstance(kernel, tuple) else (kernel,):
@@ -115,8 +156,8 @@ class MobileNet(nn.Module):
 
   @property
   def stages(self) -> range:
-    """The stages, counted from 1."""
-    return range(1, len(self.widths))
+    """The stages, counted from 1; from 0 where the blocks before the first make one."""
+    return range(self.layers_0 is None, len(self.widths))
 
   @property
   def tied(self) -> tuple[tuple[str, ...], ...]:
@@ -131,10 +172,25 @@ class MobileNet(nn.Module):
 
   def channels(self, stage: int) -> int:
     """The width of a stage; 0 is the fixed block."""
-    return divisible(self.widths[stage] * self.width)
+    chosen = getattr(self, f"embed_{stage}")
+    return divisible((self.widths[stage] if chosen is None else chosen) * self.width)
+
+  def heads(self) -> dict[str, int]:
+    """The channels behind the stages, by the names of their axes."""
+    names = [*(f"head_{i}" for i in range(len(self.head) - 1)), "features"]
+    chosen = {"head_0": self.head_0, "features": self.features}
+    return {name: divisible((full if chosen.get(name) is None else chosen[name]) * self.width)
+            for name, full in zip(names, self.head)}
+
+  def choices(self) -> list[str]:
+    """The axes along which it nests."""
+    kinds = ("layers", "expand", "kernel")
+    blocks = [f"{kind}_{s}" for kind in kinds for s in self.stages if s or kind != "expand"]
+    return ["stem", *blocks, *(f"embed_{s}" for s in range(len(self.widths))),
+            *(name for name in self.heads() if name in ("head_0", "features"))]
 
   def hidden(self, stage: int) -> tuple[int, ...]:
-    """The hidden channels of each block of a stage."""
+    """The hidden channels of each block of a stage with expansion."""
     layers, expand = getattr(self, f"layers_{stage}"), getattr(self, f"expand_{stage}")
     expand = expand if isinstance(expand, tuple) else (expand,) * layers
     reads = [self.channels(stage - 1)] + [self.channels(stage)] * (layers - 1)
@@ -153,25 +209,37 @@ class MobileNet(nn.Module):
       ValueError: An axis is no choice of this network, or the first block of a stage is left out.
 
     Example:
-      >>> str(MobileNet(10, widths=(16, 24), strides=(1, 2), squeeze=(False, True),
-      ...               activations=("relu", "relu")).sizes(Subnet(layers_1=2, expand_1=(3, 6), kernel_1=5)))
-      'layers_1=2,hidden_1=48:144,kernel_1=5,squeeze_1=16:40'
+      >>> sizes = MobileNet(10).sizes(Subnet(layers_2=2, expand_2=(3, 6), embed_2=32))
+      >>> sizes["embed_2"], sizes["hidden_2"], sizes["squeeze_2"]
+      (32, (72, 192), (24, 48))
     """
-    allowed = [f"{axis}_{stage}" for stage in self.stages for axis in ("layers", "expand", "kernel")]
     for axis in subnet:
-      if axis not in allowed:
-        raise one_of(f"axis of {type(self).__name__}", axis, allowed)
-    small, sizes = self.member(subnet), {}
+      if axis not in self.choices():
+        raise one_of(f"axis of {type(self).__name__}", axis, self.choices())
+    small = self.member(subnet)
+    sizes: dict[str, Any] = {"stem": divisible(small.stem * self.width), "embed_0": small.channels(0)}
     for stage in self.stages:
       depth = f"layers_{stage}"
       ids = kept_ids(subnet.chosen.get(depth, getattr(self, depth)))
       if not ids or ids[0] != 0:
         raise UserError(f"sub-network {subnet}: {depth} leaves out block 0, which has the stage's stride")
-      hidden = small.hidden(stage)
-      sizes |= {depth: ids, f"hidden_{stage}": hidden, f"kernel_{stage}": getattr(small, f"kernel_{stage}")}
+      hidden = small.hidden(stage) if stage else (sizes["stem"],) + (sizes["embed_0"],) * (len(ids) - 1)
+      sizes |= {depth: ids, f"kernel_{stage}": getattr(small, f"kernel_{stage}"),
+                f"embed_{stage}": small.channels(stage)}
+      if stage:
+        sizes[f"hidden_{stage}"] = hidden
+      elif self.layers_0 > 1:
+        sizes["carried_0"] = sizes["embed_0"]
       if self.squeeze[stage]:
         sizes[f"squeeze_{stage}"] = tuple(squeezed(size) for size in hidden)
-    return Subnet(**sizes)
+    return Subnet(**sizes | small.heads())
+
+  def rates(self, stage: int) -> list[float] | None:
+    """The rate of drop path of each block of a stage; None where none is dropped."""
+    if not self.drop_path or stage < len(self.widths) - self.drop_path_stages:
+      return None
+    depths = [1] * (self.layers_0 is None) + [int(getattr(self, f"layers_{s}")) for s in self.stages]
+    return [self.drop_path * (sum(depths[:stage]) + i) / sum(depths) for i in range(depths[stage])]
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False) -> dict[str, Any]:
@@ -188,32 +256,37 @@ class MobileNet(nn.Module):
       each stage `[layers, batch, rows, columns, channels]`.
     """
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    norm = dict(epsilon=self.epsilon, **dtypes)
+    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
     stem = divisible(self.stem * self.width)
     x = ConvNorm("channels", "stem", stem, 3, self.stem_stride, self.stem_activation, name="stem", **norm)(
       images, train)
-    x = InvertedResidual(0, "stem", self.channels(0), None, 3, self.strides[0], self.squeeze[0],
-                         self.activations[0], name="fixed", **norm)(x, {}, train=train)
+    norm |= dict(shortcut=self.shortcuts, zero_gamma=self.zero_gamma)
+    if self.layers_0 is None:
+      x = InvertedResidual(0, "stem", self.channels(0), stride=self.strides[0], squeeze=self.squeeze[0],
+                           act=self.activations[0], name="fixed", **norm)(x, {}, train=train)
     outputs = []
     for s in self.stages:
       block = functools.partial(
         InvertedResidual, s, width=self.channels(s), squeeze=self.squeeze[s], act=self.activations[s],
-        transforms=self.transforms, **norm)
+        choice=f"kernel_{s}", transforms=self.transforms, **norm)
+      sizes = ({"hidden": self.hidden(s)} if s else {}) | {"kernel": getattr(self, f"kernel_{s}")}
+      rates = self.rates(s)
       x, tap = stack(
-        functools.partial(block, reads=f"embed_{s}"), x, layers=getattr(self, f"layers_{s}"),
-        lead=functools.partial(block, reads=f"embed_{s - 1}", stride=self.strides[s]),
-        sizes={"hidden": self.hidden(s), "kernel": getattr(self, f"kernel_{s}")}, name=f"stage_{s}",
-        depth=f"layers_{s}", remat=self.remat, taps=taps, unroll=self.unroll, train=train)
+        functools.partial(block, reads=f"embed_{s}", shortcut=False), x, layers=getattr(self, f"layers_{s}"),
+        lead=functools.partial(block, reads=f"embed_{s - 1}" if s else "stem", stride=self.strides[s]),
+        sizes=sizes, name=f"stage_{s}", depth=f"layers_{s}",
+        constants={"drop_path": rates} if rates else None, remat=self.remat, taps=taps,
+        unroll=self.unroll, train=train)
       outputs.append(tap)
 
     reads = f"embed_{self.stages[-1]}"
-    spaces = [f"head_{i}" for i in range(len(self.head) - 1)] + ["features"]
-    head = [divisible(size * self.width) for size in self.head]
-    x = ConvNorm(reads, spaces[0], head[0], act=self.head_activation, name="head_0", **norm)(x, train)
+    norm = {option: norm[option] for option in ("norm", "group", "epsilon", *dtypes)}
+    (name, size), *projections = self.heads().items()
+    x = ConvNorm(reads, name, size, act=self.head_activation, name="head_0", **norm)(x, train)
     x = x.mean((1, 2), keepdims=True)
-    for i in range(1, len(head)):
-      x = Convolution(spaces[i - 1], spaces[i], head[i], name=f"head_{i}", **dtypes)(x)
-      x = activation(self.head_activation)(x)
+    for i, (writes, size) in enumerate(projections, 1):
+      x = Convolution(name, writes, size, name=f"head_{i}", **dtypes)(x)
+      x, name = activation(self.head_activation)(x), writes
     result = {"features": x[:, 0, 0]}
     if self.classes:
       features = nn.Dropout(self.dropout, deterministic=not train)(result["features"])
@@ -238,7 +311,12 @@ class InvertedResidual(nn.Module):
     stride: Of the depthwise convolution.
     squeeze: Whether there is squeeze-excite.
     act: Name of the activation.
+    choice: Axis by which the kernel's size is chosen, None: it is fixed.
     transforms: As in `Convolution`.
+    shortcut: Whether what it reads is averaged over the stride and projected, to be added.
+    zero_gamma: Whether the residual branch starts at 0.
+    norm: As in `ConvNorm`.
+    group: As in `ConvNorm`.
     epsilon: Of the normalisation.
     dtype: Of the computation.
     param_dtype: Of the stored parameters.
@@ -247,12 +325,17 @@ class InvertedResidual(nn.Module):
   stage: int
   reads: str
   width: int
-  hidden: int | None
-  kernel: int
+  hidden: int | None = None
+  kernel: int = 3
   stride: int = 1
   squeeze: bool = False
   act: str = "relu"
+  choice: str | None = None
   transforms: bool = False
+  shortcut: bool = False
+  zero_gamma: bool = False
+  norm: str = "batch"
+  group: int = 8
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -261,33 +344,72 @@ class InvertedResidual(nn.Module):
   def __call__(self, x, constants, *, train):
     """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, width]`."""
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    norm = dict(epsilon=self.epsilon, **dtypes)
-    y, s = x, self.stage
-    hidden, choice = (f"hidden_{s}", f"kernel_{s}") if self.hidden else (self.reads, None)
+    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
+    y, s, writes = x, self.stage, f"embed_{self.stage}"
+    # A name stands once in an array: what a projection to `writes` reads has another one.
+    hidden = f"hidden_{s}" if self.hidden else f"carried_{s}" if self.reads == writes else self.reads
+    residual_branch = self.shortcut or self.stride == 1 and x.shape[-1] == self.width
     if self.hidden:
       y = ConvNorm(self.reads, hidden, self.hidden, act=self.act, name="expand", **norm)(y, train)
-    y = ConvNorm(None, hidden, y.shape[-1], self.kernel, self.stride, self.act, choice=choice,
+    y = ConvNorm(None, hidden, y.shape[-1], self.kernel, self.stride, self.act, choice=self.choice,
                  transforms=self.transforms, name="depthwise", **norm)(y, train)
     if self.squeeze:
       y = SqueezeExcite(hidden, f"squeeze_{s}", squeezed(y.shape[-1]), name="squeeze", **dtypes)(y)
-    y = ConvNorm(hidden, f"embed_{s}", self.width, name="project", **norm)(y, train)
-    return x + y if self.stride == 1 and x.shape[-1] == self.width else y
+    y = ConvNorm(hidden, writes, self.width, zero=self.zero_gamma and residual_branch, name="project",
+                 **norm)(y, train)
+    if self.shortcut:
+      x = Convolution(self.reads, writes, self.width, name="shortcut", **dtypes)(average(x, self.stride))
+    return x + residual(self, y, constants, 0.0, train) if residual_branch else y
 
 
-def space(model: MobileNet, layers=(2, 3, 4), expand=(3, 4, 6), kernel=(3, 5, 7)) -> Space:
-  """The family of a network: depth in each stage, expansion and kernel in each block.
+def space(model: MobileNet, layers=(2, 3, 4), expand=(3, 4, 6), kernel=(3, 5, 7), tie: str = "block",
+          couple: Mapping[str, Sequence] | None = None, **others: Sequence[int]) -> Space:
+  """The family of a network. In a config it is spelled, or `config.space = space(model).to_json()`.
 
-  Choices above what a stage of `model` has are left out.
+  Args:
+    model: The largest network. Choices above what a stage of it has are left out.
+    layers: Depths of a stage.
+    expand: Expansions of a block.
+    kernel: Sides of a depthwise kernel.
+    tie: `"block"`: expansion and kernel are free in every block (Once-for-All); `"stage"`: the blocks of a
+      stage have one of each (AttentiveNAS); `"depth"`: and the expansion goes with the depth, the
+      shallowest with the narrowest (CompOFA, 2104.12642).
+    couple: Joint choices of further axes, as `Space` takes them.
+    **others: Choices of single axes, in place of these or beside them: `layers_1=(1, 2)`,
+      `embed_1=(16, 24)`, `stem=(16, 24)`.
+
+  Raises:
+    ValueError: An unknown way to tie, or an axis that the network has not.
 
   Example:
     >>> from nestnet.models.mobilenet_v3 import MobileNetV3
     >>> space(MobileNetV3(1000)).size == (9 ** 2 + 9 ** 3 + 9 ** 4) ** 5
     True
+    >>> space(MobileNetV3(1000), kernel=(7,), tie="depth").size
+    243
   """
+  if tie not in ("block", "stage", "depth"):
+    raise one_of("way to tie a space", tie, ("block", "stage", "depth"))
+  for axis in others:
+    if axis not in model.choices():
+      raise one_of(f"axis of {type(model).__name__}", axis, model.choices())
+  given = {"layers": layers, "expand": expand, "kernel": kernel}
   choices: dict[str, tuple[int, ...]] = {}
-  for axis, sizes in (("layers", layers), ("expand", expand), ("kernel", kernel)):
-    for s in model.stages:
-      full = getattr(model, f"{axis}_{s}")
-      choices[f"{axis}_{s}"] = tuple(size for size in sizes if size <= full) or (full,)
-  free = [axis for axis in choices if re.match("expand|kernel", axis)]
-  return Space(**choices, per_layer=free)
+  for axis in model.choices():
+    kind, _, stage = axis.rpartition("_")
+    if axis in others:
+      choices[axis] = tuple(others[axis])
+    elif kind in given:
+      full = getattr(model, axis)
+      choices[axis] = tuple(size for size in given[kind] if size <= full) or (full,)
+  couple = dict(couple or {})
+  for s in model.stages if tie == "depth" else ():
+    if s:
+      axes = f"layers_{s}", f"expand_{s}"
+      full = tuple(getattr(model, axis) for axis in axes)
+      rows = zip(others.get(axes[0], layers), others.get(axes[1], expand))
+      couple[" ".join(axes)] = [row for row in rows if row[0] <= full[0] and row[1] <= full[1]] or [full]
+      for axis in axes:
+        del choices[axis]
+  free = [axis for axis in choices if re.match("expand|kernel", axis)] if tie == "block" else []
+  return Space(**choices, couple=couple, per_layer=free)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from nestnet.models.mobilenet import MobileNet
 
 
+# Fields of a variant for images of 32 x 32: the stem has no stride, the whole one of 8.
+SMALL_IMAGES = {"stem_stride": 1, "strides": (1, 1, 2, 2, 1, 2, 1)}
+
+
 class ProxylessNAS(MobileNet):
   """Six stages, the last one of a single block, without squeeze-excite; ReLU6 everywhere.
 

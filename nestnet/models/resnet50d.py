@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.errors import UserError, one_of
-from nestnet.models.convolution import ConvNorm, divisible
+from nestnet.models.convolution import ConvNorm, average, check_norm, divisible
 from nestnet.models.layers import Linear
 from nestnet.models.stack import stack
 from nestnet.space import Space
@@ -37,7 +37,10 @@ class ResNet50D(nn.Module):
     expand_1: Hidden channels, hundredths of what the block writes.
     stem: Channels behind the stem, in full.
     widths: Channels of the stages, in full.
-    epsilon: Of the batch normalisation.
+    norm: `"batch"`, or `"group"`, which needs no calibration.
+    group: Channels in a group: 1, 2, 4 or 8.
+    zero_gamma: Whether residual branches start at 0: the scale of their last normalisation does.
+    epsilon: Of the normalisation.
     dropout: Rate of dropout on the features.
     remat: Whether to recompute blocks in the backward pass.
     unroll: Blocks in one iteration of the scan over the equal blocks of a stage.
@@ -63,6 +66,9 @@ class ResNet50D(nn.Module):
   expand_4: Size = 35
   stem: int = 64
   widths: tuple[int, ...] = (256, 512, 1024, 2048)
+  norm: str = "batch"
+  group: int = 8
+  zero_gamma: bool = False
   epsilon: float = 1e-5
   dropout: float = 0.0
   remat: bool = False
@@ -79,6 +85,7 @@ class ResNet50D(nn.Module):
       raise UserError(f"ResNet50D: layers_0={self.layers_0}; allowed are 1 and 2")
     if not 0 <= self.dropout < 1:
       raise UserError(f"ResNet50D: dropout={self.dropout}; allowed is [0, 1)")
+    check_norm("ResNet50D", self.norm, self.group)
     super().__post_init__()
 
   def channels(self, stage: int) -> int:
@@ -138,13 +145,13 @@ class ResNet50D(nn.Module):
       each stage `[layers, batch, rows, columns, channels]`.
     """
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    norm = dict(epsilon=self.epsilon, **dtypes)
+    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
     x = Stem(self.layers_0, self.inside_stem(), name="stem", **norm)(images, train)
     x = ConvNorm("stem", "embed_0", self.channels(0), 3, 1, "relu", name="stem_out", **norm)(x, train)
     x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     outputs = []
     for s, stride in zip(STAGES, STRIDES):
-      block = functools.partial(Bottleneck, s, width=self.channels(s), **norm)
+      block = functools.partial(Bottleneck, s, width=self.channels(s), zero_gamma=self.zero_gamma, **norm)
       x, tap = stack(
         functools.partial(block, reads=f"embed_{s}"), x, layers=getattr(self, f"layers_{s}"),
         lead=functools.partial(block, reads=f"embed_{s - 1}", stride=stride, shortcut=True),
@@ -164,6 +171,8 @@ class Stem(nn.Module):
 
   layers: int
   inside: int
+  norm: str = "batch"
+  group: int = 8
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -171,7 +180,8 @@ class Stem(nn.Module):
   @nn.compact
   def __call__(self, x, train):
     """Maps `[batch, rows, columns, channels]` to `[batch, rows / 2, columns / 2, inside]`."""
-    norm = dict(epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
+    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, dtype=self.dtype,
+                param_dtype=self.param_dtype)
     x = ConvNorm("channels", "stem", self.inside, 3, 2, "relu", name="layers_0_0", **norm)(x, train)
     if self.layers == 2:
       # A name stands once in an array, so the sum of the residual branch has one of its own.
@@ -189,6 +199,9 @@ class Bottleneck(nn.Module):
     hidden: Channels between.
     stride: Of the convolution of 3 x 3.
     shortcut: Whether what it reads is averaged over the stride and projected, to be added.
+    norm: As in `ConvNorm`.
+    group: As in `ConvNorm`.
+    zero_gamma: Whether the residual branch starts at 0.
     epsilon: Of the normalisation.
     dtype: Of the computation.
     param_dtype: Of the stored parameters.
@@ -200,6 +213,9 @@ class Bottleneck(nn.Module):
   hidden: int
   stride: int = 1
   shortcut: bool = False
+  norm: str = "batch"
+  group: int = 8
+  zero_gamma: bool = False
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -207,23 +223,16 @@ class Bottleneck(nn.Module):
   @nn.compact
   def __call__(self, x, constants, *, train):
     """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, width]`."""
-    norm = dict(epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
+    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, dtype=self.dtype,
+                param_dtype=self.param_dtype)
     hidden, inner, writes = f"hidden_{self.stage}", f"inner_{self.stage}", f"embed_{self.stage}"
     y = ConvNorm(self.reads, hidden, self.hidden, act="relu", name="reduce", **norm)(x, train)
     y = ConvNorm(hidden, inner, self.hidden, 3, self.stride, "relu", name="spatial", **norm)(y, train)
-    y = ConvNorm(inner, writes, self.width, name="expand", **norm)(y, train)
+    y = ConvNorm(inner, writes, self.width, zero=self.zero_gamma, name="expand", **norm)(y, train)
     if self.shortcut:
       x = average(x, self.stride)
       x = ConvNorm(self.reads, writes, self.width, name="shortcut", **norm)(x, train)
     return nn.relu(x + y)
-
-
-def average(x: jax.Array, size: int) -> jax.Array:
-  """Means of squares of `size` positions side by side; at the far edges of those that are left."""
-  if size == 1:
-    return x
-  rows, columns = (-n % size for n in x.shape[1:3])
-  return nn.avg_pool(x, (size, size), (size, size), ((0, rows), (0, columns)), count_include_pad=False)
 
 
 def space(model: ResNet50D, shallower=(2, 1, 0), expand=(20, 25, 35), width=(65, 80, 100)) -> Space:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from nestnet.axes import axes
 from nestnet.errors import UserError, one_of
-from nestnet.models.layers import Linear, attention, layer_norm
-from nestnet.models.stack import constant, stack
+from nestnet.models.layers import Linear, attention, layer_norm, residual
+from nestnet.models.stack import stack
 from nestnet.subnet import Size
 
 
@@ -178,15 +178,3 @@ class MLP(nn.Module):
     y = nn.gelu(Linear("embed -> mlp", (self.mlp,), name="up", **dtypes)(y))
     y = Linear("mlp -> embed", x.shape[-1:], name="down", **dtypes)(y)
     return x + residual(self, y, constants, self.dropout, train)
-
-
-def residual(module: nn.Module, y: jax.Array, constants: Any, dropout: float, train: bool) -> jax.Array:
-  """What a residual branch adds: `y`, in training with dropout and the layer's drop path."""
-  rate = constant(module, "drop_path", constants) if constants else None
-  if not train:
-    return y
-  y = nn.Dropout(dropout, deterministic=False)(y) if dropout else y
-  if rate is None:
-    return y
-  keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, (len(y), 1, 1))
-  return jnp.where(keep, y / (1 - rate).astype(y.dtype), 0)

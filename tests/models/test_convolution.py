@@ -11,6 +11,7 @@ from flax.core import meta
 from nestnet import Subnet, count_params, flops, take
 from nestnet.axes import variable_axes
 from nestnet.models import convolution as c
+from nestnet.models import depthwise
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(2, 5, 6, 3)).astype(np.float32)
@@ -34,12 +35,14 @@ def test_a_convolution_is_the_sum_by_hand(shape, stride):
   np.testing.assert_allclose(c.convolution(IMAGES, kernel, stride), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sides", [(5, 6), (9, 12)], ids=["small", "large"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_both_ways_of_a_depthwise_convolution_have_one_derivative(stride):
+def test_both_ways_of_a_depthwise_convolution_have_one_derivative(stride, sides):
   """The one that other devices take is not lowered here, so it is called by its name."""
-  kernel = RNG.normal(size=(5, 5, 3)).astype(np.float32)
+  kernel = RNG.normal(size=(5, 3, 3)).astype(np.float32)
+  images = RNG.normal(size=(2, *sides, 3)).astype(np.float32)
   loss = lambda f: jax.jit(jax.value_and_grad(lambda x, k: jnp.sin(f(x, k, stride)).sum(), (0, 1)))
-  ours, other = (loss(f)(IMAGES, kernel) for f in (c.convolution, c._grouped))
+  ours, other = (loss(f)(images, kernel) for f in (c.convolution, depthwise._grouped))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, other)
 
 
