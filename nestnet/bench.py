@@ -19,7 +19,7 @@ import optax
 from nestnet import cost, evaluation
 from nestnet.bench_bed import Bed, stepper, with_sampler
 from nestnet.errors import UserError, one_of
-from nestnet.one_program import stacks
+from nestnet.one_program import OneProgram
 from nestnet.sampling import Sampler, Term, sampler
 from nestnet.space import Space
 from nestnet.steps import Step, TrainState
@@ -59,7 +59,7 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20, only:
       raise one_of("part of the bench", name, PARTS)
   make_peer = _peer(peer) if peer else None
   bed = Bed(config, batch_size, pairs, say)
-  if not stacks(bed.run.supernet.axes["params"]) and not only:
+  if not OneProgram(bed.run.supernet).possible and not only:
     only = ("slices", "utilisation")
   against = make_peer(bed.run.supernet, bed.config["optim"], bed.batch) if make_peer else None
   parts = dict(PARTS) | ({"peer": functools.partial(compare_peer, peer=against)} if peer else {})
@@ -164,10 +164,10 @@ def utilisation(bed: Bed) -> dict[str, Any]:
   model, largest = supernet.model, supernet.space.largest
   if hasattr(model, "remat"):
     model = model.clone(remat=False)
-  flops = cost.flops(model, *supernet.inputs, train=True) * bed.batch_size
+  flops = cost.flops(model, *supernet.inputs_of(largest), train=True) * bed.batch_size
   dtype = jnp.dtype(getattr(model, "dtype", None) or jnp.float32)
   took = {"alone": median_ms(bed.faster(largest))}
-  if stacks(supernet.axes["params"]):
+  if OneProgram(supernet).possible:
     took["one_program"] = median_ms(bed.trainer("one_program").of(Term((largest,))))
   peak = matmul_peak(dtype) * bed.run.step.mesh.size
   return {"member": str(largest), "dtype": dtype.name, "peak_flops": peak, "step_flops": flops} | {

@@ -19,7 +19,7 @@ from flax.core import meta
 
 from nestnet.axes import abstract_variables
 from nestnet.errors import UserError
-from nestnet.execution import Runnable
+from nestnet.execution import Runnable, resized
 from nestnet.models.convolution import STATISTICS
 from nestnet.models.switch import CHOICE
 from nestnet.one_program import OneProgram
@@ -97,7 +97,7 @@ def moments(runnable: Runnable, variables: Mapping[str, Any], images: Any) -> di
   own = runnable.cut({name: tree for name, tree in variables.items() if name != STATISTICS})
   if runnable.choice is not None:
     own = {**own, CHOICE: runnable.choice}
-  _, recorded = runnable.module.apply(own, images, mutable=[STATISTICS])
+  _, recorded = runnable.module.apply(own, resized(images, runnable.subnet), mutable=[STATISTICS])
   return recorded.get(STATISTICS, {})
 
 

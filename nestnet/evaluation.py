@@ -17,10 +17,10 @@ from nestnet.calibrate import calibrate, normalises
 from nestnet.data import Batches, arrays, augmentation
 from nestnet.errors import UserError
 from nestnet.evaluators.classification import classification
-from nestnet.execution import Supernet
+from nestnet.execution import Supernet, resized
 from nestnet.logs import Progress
 from nestnet.models.convolution import STATISTICS
-from nestnet.one_program import OneProgram, stacks
+from nestnet.one_program import OneProgram
 from nestnet.sampling import Member
 from nestnet.sharding import local
 from nestnet.space import ENUMERABLE, Space, volume
@@ -65,7 +65,7 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
   for subnet in share:
     module, variables = member(run.step, state, subnet, images)
     row = {"subnet": str(subnet), **costs(run.supernet, subnet)}
-    rows.append(row | _metrics(module, variables, data) | spent)
+    rows.append(row | _metrics(module, variables, data, subnet) | spent)
     if progress:
       progress.update(len(rows), row)
   if progress:
@@ -74,10 +74,11 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
   return [shares[i % len(shares)][i // len(shares)] for i in range(len(subnets))]
 
 
-def _metrics(module: nn.Module, variables: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(module: nn.Module, variables: Mapping[str, Any], data: Mapping[str, Any], subnet: Subnet
+             ) -> dict[str, float]:
   """Metrics on some splits, those of others than the test split with a prefix."""
   return {("" if split == "test" else f"{split}_") + name: value for split, examples in data.items()
-          for name, value in classification(module, variables, examples)}
+          for name, value in classification(module, variables, examples, subnet)}
 
 
 def calibration(run: Run, supernet: Supernet, batches: int | None = None) -> list[np.ndarray]:
@@ -113,7 +114,9 @@ def member(step: Step, state: TrainState, subnet: Subnet, images: Sequence[np.nd
     images: As from `calibration`: batches that give its statistics, or none where it needs none.
   """
   module, variables = step.supernet.module(subnet), step.member(state, subnet)
-  return module, variables | ({STATISTICS: calibrate(module, variables, images)} if len(images) else {})
+  if not len(images):
+    return module, variables
+  return module, variables | {STATISTICS: calibrate(module, variables, [resized(x, subnet) for x in images])}
 
 
 def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence[int | str],
@@ -142,15 +145,15 @@ def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence
       largest = member(run.step, state, supernet.space.largest, images)[1]
       variables |= supernet.cut({STATISTICS: largest[STATISTICS]}, subnet)
     rows.append({"subnet": str(subnet), "calibration_batches": count,
-                 "calibration_images": sum(map(len, images[:count])), **_metrics(module, variables, data)})
+                 "calibration_images": sum(map(len, images[:count])), **_metrics(module, variables, data, subnet)})
   return rows
 
 
 def costs(supernet: Supernet, subnet: Subnet) -> dict[str, int]:
   """Parameters, and FLOPs of one image's forward pass."""
   module = supernet.module(subnet)
-  return {"params": cost.count_params(module, *supernet.inputs),
-          "flops": cost.flops(module, *supernet.inputs)}
+  inputs = supernet.inputs_of(subnet)
+  return {"params": cost.count_params(module, *inputs), "flops": cost.flops(module, *inputs)}
 
 
 def budget(run: Run, steps: int) -> dict[str, Any]:
@@ -196,48 +199,51 @@ def member_flops(supernet: Supernet, layered: bool | None = None) -> Callable[[S
 
   Args:
     supernet: The family.
-    layered: Whether to add them up over layers (`layered_flops`); by default where the model has stacks.
+    layered: Whether to add them up over layers (`layered_flops`); by default where one program can serve it.
   """
-  if bool(stacks(supernet.axes["params"])) if layered is None else layered:
+  if OneProgram(supernet).possible if layered is None else layered:
     return layered_flops(supernet)
-  return lambda subnet, train: _flops(supernet.module(subnet), supernet.inputs, train)
+  return lambda subnet, train: _flops(supernet.module(subnet), supernet.inputs_of(subnet), train)
 
 
 def layered_flops(supernet: Supernet) -> Callable[[Subnet, bool], int]:
   """The FLOPs of members, as sums over their layers: each kind of layer is traced once.
 
-  Two layers of a kind take twice what one adds, so networks of one and of two layers tell what a
-  layer and what the rest takes.
+  Networks with another first layer tell what that takes, networks of one and of two layers of a kind what
+  a layer behind it adds.
   """
   one = OneProgram(supernet)
-  depths = tuple(one.stacks.values())
 
   @functools.cache
   def measured(sizes: frozenset[tuple[str, int]], train: bool) -> int:
-    return _flops(supernet.module(Subnet(**dict(sizes))), supernet.inputs, train)
+    subnet = Subnet(**dict(sizes))
+    return _flops(supernet.module(subnet), supernet.inputs_of(subnet), train)
 
   @functools.cache
   def single(width: frozenset[tuple[str, int]]) -> dict[str, int]:
     """One layer in each stack, of the first kind."""
     inner = {axis: one.choices(axis, dict(width))[0] for axis in one.inner}
-    return dict(width) | inner | dict.fromkeys(depths, 1)
+    return dict(width) | inner | dict.fromkeys(one.depths, 1)
 
   @functools.cache
-  def added(width: frozenset[tuple[str, int]], depth: str, kind: frozenset[tuple[str, int]], train: bool) -> int:
-    sizes = single(width) | dict(kind)
-    return (measured(frozenset((sizes | {depth: 2}).items()), train)
-            - measured(frozenset(sizes.items()), train))
+  def of(width: frozenset[tuple[str, int]], depth: str, layers: int, kind: frozenset[tuple[str, int]],
+         train: bool) -> int:
+    """One layer in each stack, but so many of a kind along one depth axis."""
+    return measured(frozenset((single(width) | dict(kind) | {depth: layers}).items()), train)
 
   def flops(subnet: Subnet, train: bool) -> int:
     width = frozenset((axis, subnet.chosen[axis]) for axis in one.outer)
     first = single(width)
-    total = measured(frozenset(first.items()), train)
-    for depth in depths:
+    base = total = measured(frozenset(first.items()), train)
+    for depth in one.depths:
       axes = one.listed(depth)
-      total -= added(width, depth, frozenset((a, first[a]) for a in axes), train)
-      for position in range(one.kept(subnet, depth)):
-        layer = subnet.layer(depth, position).chosen
-        total += added(width, depth, frozenset((a, layer[a]) for a in axes), train)
+      kinds = [frozenset((a, subnet.layer(depth, i).chosen[a]) for a in axes)
+               for i in range(one.kept(subnet, depth))]
+      total += sum(of(width, depth, 2, kind, train) - of(width, depth, 1, kind, train) for kind in kinds[1:])
+      if kinds:
+        total += of(width, depth, 1, kinds[0], train) - base
+      else:
+        total += base - of(width, depth, 2, frozenset((a, first[a]) for a in axes), train)
     return total
 
   return flops
@@ -284,4 +290,4 @@ def watch(run: Run, step: Step, state: TrainState) -> dict[str, float]:
   images = calibration(run, step.supernet)
   return {f"{which}_validation_{name}": value
           for which, subnet in (("largest", space.largest), ("smallest", space.smallest))
-          for name, value in classification(*member(step, state, subnet, images), examples)}
+          for name, value in classification(*member(step, state, subnet, images), examples, subnet)}

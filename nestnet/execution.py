@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ from nestnet.models.switch import CHOICE
 from nestnet.objectives.base import Objective, Targets
 from nestnet.slicing import take
 from nestnet.space import Space
-from nestnet.subnet import Subnet, reach
+from nestnet.subnet import INPUTS, Subnet, reach
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,10 @@ class Supernet:
     fields = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(self.model)
               if f.name not in ("parent", "name")}
     name = type(self.model).__name__
-    for axis, size in self.space.largest.items():
+    for axis in INPUTS:
+      for side in self.space.choices(axis) if axis in self.space.axes else ():
+        self._check_side(side)
+    for axis, size in self.space.largest.of_model.items():
       if axis not in fields:
         raise one_of(f"axis of {name}", axis, fields)
       if fields[axis] != size:
@@ -55,6 +58,15 @@ class Supernet:
       raise UserError(f"{name} keeps running statistics (batch_stats), which belong to one "
                       "sub-network and are not trained here; use LayerNorm or GroupNorm")
 
+  def _check_side(self, side: int) -> None:
+    for x in self.inputs:
+      if x.ndim != 4 or x.shape[1] != x.shape[2]:
+        raise UserError(f"the space has a resolution, and the inputs are {list(x.shape)}; allowed are square "
+                        "images [batch, rows, columns, channels]")
+      if not isinstance(side, int) or side > x.shape[1]:
+        raise UserError(f"resolution={side}: the images are {x.shape[1]} x {x.shape[2]} pixels; allowed are "
+                        f"sides up to {x.shape[1]}, and what the data set gives would have to be larger")
+
   @functools.cached_property
   def axes(self) -> dict[str, Any]:
     """Axis names of every collection."""
@@ -67,7 +79,8 @@ class Supernet:
 
   def check(self, subnet: Subnet) -> None:
     """Raises `ValueError` unless the slice of `subnet` is what its own module would make."""
-    own = meta.unbox(abstract_variables(self.module(subnet), *self.inputs))
+    own = meta.unbox(abstract_variables(self.module(subnet), *self.inputs_of(subnet)))
+    hint = "; parameters may not depend on the resolution" if self.inputs_of(subnet) != self.inputs else ""
     cut = jax.eval_shape(lambda v: self.cut(v, subnet), self.shapes)
     for collection in own:
       if jax.tree.structure(own[collection]) != jax.tree.structure(cut[collection]):
@@ -78,7 +91,7 @@ class Supernet:
                               jax.tree.leaves(cut[collection])):
         if a.shape != b.shape:
           raise UserError(f"sub-network {subnet}: {jax.tree_util.keystr(path)} of the module is "
-                          f"{list(a.shape)}, the slice is {list(b.shape)}")
+                          f"{list(a.shape)}, the slice is {list(b.shape)}{hint}")
 
   def init(self, rng: jax.Array) -> dict[str, Any]:
     """Fresh variables of the largest network; trace it under `jax.jit`."""
@@ -89,6 +102,10 @@ class Supernet:
     """The ordinary module of a sub-network."""
     return module_of(self.model, subnet)
 
+  def inputs_of(self, subnet: Subnet) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Example arguments of a sub-network's module: images at its resolution."""
+    return tuple(resized(x, subnet) for x in self.inputs)
+
   def runnable(self, subnet: Subnet) -> Runnable:
     """A sub-network as a program of its own."""
     return Runnable(subnet, functools.partial(self.cut, subnet=subnet), self.module(subnet))
@@ -98,14 +115,39 @@ class Supernet:
     return cut(self.model, variables, self.axes, subnet, self.space.groups)
 
 
-def module_of(model: nn.Module, subnet: Subnet) -> nn.Module:
-  """The ordinary module of a sub-network: `model.member(subnet)` where it has that, else a clone."""
-  return model.member(subnet) if hasattr(model, "member") else model.clone(**subnet)
+def module_of(model: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:
+  """The ordinary module of a sub-network: `model.member(sizes)` where it has that, else a clone."""
+  sizes = sizes.of_model if isinstance(sizes, Subnet) else sizes
+  return model.member(sizes) if hasattr(model, "member") else model.clone(**sizes)
 
 
 def sizes_of(model: nn.Module, subnet: Subnet) -> Subnet:
   """What `take` cuts for a sub-network whose fields are choices: `model.sizes(subnet)`, else the subnet."""
+  subnet = subnet.of_model
   return model.sizes(subnet) if hasattr(model, "sizes") else subnet
+
+
+def resized(images: Any, subnet: Mapping[str, Any]) -> Any:
+  """Images as a sub-network sees them: at its `resolution`, where it has one.
+
+  They are interpolated linearly between pixels, averaged over those that fall together. As a choice of a
+  sub-network (1908.09791, section 3.1) it steers the batch and cuts no parameter.
+
+  Args:
+    images: `[batch, rows, columns, channels]`, an array or its shape.
+    subnet: The sub-network.
+
+  Example:
+    >>> resized(jax.numpy.ones((2, 8, 8, 3)), Subnet(resolution=6, layers=2)).shape
+    (2, 6, 6, 3)
+  """
+  side = subnet.get("resolution")
+  if side is None or images.shape[1:3] == (side, side):
+    return images
+  shape = (images.shape[0], side, side, *images.shape[3:])
+  if isinstance(images, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(shape, images.dtype)
+  return jax.image.resize(images, shape, "linear", antialias=True)
 
 
 def cut(model: nn.Module, variables: dict[str, Any], axes: dict[str, Any], subnet: Subnet,
@@ -167,7 +209,7 @@ class Runnable:
   """What runs on a slice of the supernet: one sub-network, or all that data can tell apart.
 
   Attributes:
-    subnet: The sizes that are the same for all of them.
+    subnet: The sizes that are the same for all of them, the resolution of their images among them.
     cut: Makes the module's variables from the supernet's.
     module: What is applied to them.
     choice: A collection for the module beside its variables: which member it is.
@@ -187,6 +229,7 @@ def forward(objective: Objective, runnable: Runnable, variables: dict[str, Any],
     variables = {**variables, CHOICE: runnable.choice}
 
   def apply(inputs, **options):
+    inputs = resized(inputs, runnable.subnet)
     return runnable.module.apply(variables, inputs, train=rng is not None, rngs=rngs, **options)
 
   return objective.forward(apply, batch)

@@ -18,7 +18,7 @@ from nestnet.calibrate import average, moments
 from nestnet.data import arrays
 from nestnet.errors import Failure, UserError
 from nestnet.evaluators.classification import batches
-from nestnet.execution import Runnable
+from nestnet.execution import Runnable, resized
 from nestnet.interop.folder import load, save
 from nestnet.models.convolution import STATISTICS
 from nestnet.slicing import take
@@ -63,7 +63,7 @@ def latencies(run: Run, state: TrainState, rows: Sequence[Mapping[str, Any]]) ->
   for row in rows:
     subnet = run.supernet.space.subnet(row["subnet"])
     module, variables = evaluation.member(run.step, state, subnet, images)
-    timed.append({**row, "latency_ms": cost.latency(module.apply, variables, image).median})
+    timed.append({**row, "latency_ms": cost.latency(module.apply, variables, resized(image, subnet)).median})
   return timed
 
 
@@ -136,7 +136,7 @@ def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLik
   Raises:
     Failure: They differ by more than 1e-5 of the largest logit.
   """
-  images = next(batches(arrays(run.dataset, "validation")["image"][:VERIFIED]))
+  images = resized(next(batches(arrays(run.dataset, "validation")["image"][:VERIFIED])), subnet)
   module, variables = load(folder, type(run.supernet.model))
   alone = jax.jit(lambda v, x: module.apply(v, x)["logits"])(variables, images)
   place = Runnable(subnet, lambda s: run.step.member(s["state"], subnet), run.supernet.module(subnet))

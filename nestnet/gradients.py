@@ -22,10 +22,10 @@ from nestnet.axes import is_axes
 from nestnet.errors import UserError, one_of
 from nestnet.execution import Runnable, Supernet
 from nestnet.objectives.base import Objective, Targets
-from nestnet.one_program import OneProgram, stacks
+from nestnet.one_program import OneProgram
 from nestnet.sampling import FIXED_LIMIT, Member, Sampler, Term
 from nestnet.sharding import gatherer
-from nestnet.slicing import mask, scatter, take
+from nestnet.slicing import take, used
 from nestnet.subnet import Subnet
 
 EXECUTIONS = ("auto", "slice", "one_program")
@@ -75,8 +75,6 @@ class Gradients:
     self.supernet, self.objective, self.axes, self.mesh = supernet, objective, axes, mesh
     self._layered = OneProgram(supernet, mesh)
     self.one = self._layered if as_data else None
-    if as_data:
-      self.one.check()
     self._loss = functools.lru_cache(maxsize=None)(
       lambda regularised, *subnet: jax.jit(functools.partial(self._losses, regularised, *subnet)))
     self._added = functools.lru_cache(maxsize=None)(
@@ -176,16 +174,17 @@ class Gradients:
 
   def touched(self, trained: Any, who: Subnet | Runnable | jax.Array) -> Any:
     """Which weights a term uses, a tree of booleans."""
-    groups = self.supernet.space.groups
+    own = lambda subnet, tree: used(lambda t: take(
+      t, self.axes["objective"], subnet, self.supernet.space.groups, strict=False), tree)
     who = who.subnet if isinstance(who, Runnable) else who
     if isinstance(who, Subnet):
-      small = jax.eval_shape(lambda t: take(t, self.axes, who, groups, strict=False), trained)
-      ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), small)
-      return jax.tree.map(lambda x: x > 0, scatter(ones, self.axes, who, trained, groups))
+      of_model = used(lambda t: self.supernet.cut({"params": t}, who)["params"], trained["model"])
+      return {"model": of_model, "objective": own(who, trained["objective"])}
 
-    def or_used(used, vector):
-      own = mask(trained, self.axes, self.one.sizes(vector), groups)
-      return jax.tree.map(jnp.logical_or, used, own), None
+    def or_used(marks, vector):
+      found = {"model": self.one.used(vector, trained["model"]), "objective": self.one.switch(
+        lambda runnable, tree: own(runnable.subnet, tree), vector, trained["objective"])}
+      return jax.tree.map(jnp.logical_or, marks, found), None
 
     none = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), trained)
     return jax.lax.scan(or_used, none, jnp.atleast_2d(who))[0]
@@ -273,14 +272,15 @@ def as_data(execution: str, supernet: Supernet, sampler: Sampler) -> bool:
   """
   if execution not in EXECUTIONS:
     raise one_of("train.execution", execution, EXECUTIONS)
-  space, stacked = supernet.space, bool(stacks(supernet.axes["params"]))
-  if execution == "one_program" and not stacked:
-    raise UserError(f"{type(supernet.model).__name__} has no stack of layers, so its sub-networks cannot "
-                    "be data; allowed: train.execution=slice")
+  one = OneProgram(supernet)
   if execution == "slice" and sampler.shards > 1:
     raise UserError("sub-networks of their own on the data shards must be data to one program: "
                     "train.per_shard_subnets needs train.execution=one_program, or auto")
-  if execution != "auto":
-    return execution == "one_program"
-  few = sampler.fixed or (space.pool and not sampler.whole) or space.size <= FIXED_LIMIT
-  return stacked and (not few or sampler.shards > 1)
+  if execution == "one_program" or sampler.shards > 1:
+    one.check()
+    return True
+  few = sampler.fixed or (supernet.space.pool and not sampler.whole) or supernet.space.size <= FIXED_LIMIT
+  if execution == "slice" or few or not one.possible:
+    return False
+  one.check()
+  return True

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from flax.core import meta
 
 from nestnet.axes import REST, Axes, flat, is_axes
 from nestnet.errors import UserError, one_of
-from nestnet.subnet import Size, Subnet, depth_of, is_depth, kept_ids, reach
+from nestnet.subnet import INPUTS, Size, Subnet, depth_of, is_depth, kept_ids, reach
 
 Groups = Mapping[str, int]
 
@@ -61,7 +61,7 @@ def take(tree: Any, axes: Any, subnet: Subnet | Mapping[str, Size], groups: Grou
     subnet = Subnet(**subnet)
   known = axes_in(axes)
   for axis in subnet:
-    if strict and axis not in known:
+    if strict and axis not in known and axis not in INPUTS:
       raise one_of("axis", axis, sorted(known))
   return _take(meta.unbox(tree), axes, subnet, dict(groups or {}), ())
 
@@ -113,41 +113,23 @@ def _floating(leaf: Any) -> bool:
   return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def mask(like: Any, axes: Any, sizes: Mapping[str, Any], groups: Groups | None = None) -> Any:
-  """What a sub-network whose sizes are data uses of a tree: booleans of the tree's shapes.
+def used(cut: Callable[[Any], Any], tree: Any) -> Any:
+  """Which numbers of a tree a cut reads, rules included: booleans of the tree's shapes.
 
   Args:
-    like: The supernet's tree.
-    axes: Its axis names; neither product axes nor rules.
-    sizes: A traced size for each axis; `[layers]` sizes for an axis with one in each layer; for a
-      depth axis `[layers]` of 1 for a layer that is kept and 0 for one that is not.
-    groups: As in `take`.
+    cut: A function of the tree, such as `take` of a sub-network.
+    tree: Floating arrays, or their shapes.
 
-  Raises:
-    ValueError: A leaf has a product axis of such a size, or a rule.
+  Example:
+    >>> params = {"bias": jnp.zeros(4)}
+    >>> used(lambda tree: take(tree, {"bias": "-> mlp"}, Subnet(mlp=2)), params)["bias"].tolist()
+    [True, True, False, False]
   """
-  def of_leaf(leaf, names):
-    names = Axes.of(names)
-    if names.rule or any(not isinstance(n, str) and any(f in sizes for f, _ in n) for n in names.names):
-      raise UserError(f"{str(names)!r} has a rule or a product axis, which sizes that are data cannot "
-                      "mask; allowed: train.execution=slice")
-    kept = jnp.ones((1,) * leaf.ndim, bool)
-    for dimension, name in enumerate(names.names):
-      if name not in sizes:
-        continue
-      length, size = leaf.shape[dimension], jnp.asarray(sizes[name])
-      at = lambda *dimensions: tuple(leaf.shape[d] if d in dimensions else 1 for d in range(leaf.ndim))
-      if is_depth(name):
-        kept = kept & (size > 0).reshape(at(dimension))
-        continue
-      count = (groups or {}).get(name, 1)
-      place = (jnp.arange(length) % (length // count)).reshape(at(dimension))
-      if size.ndim:
-        size = size.reshape(at(names.names.index(depth_of(name))))
-      kept = kept & (place < size // count)
-    return jnp.broadcast_to(kept, leaf.shape)
-
-  return jax.tree.map(of_leaf, like, axes)
+  # Derivatives at ones: of sums of products of positive numbers, so that none is zero by chance.
+  ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), tree)
+  small, pull = jax.vjp(cut, ones)
+  (found,) = pull(jax.tree.map(jnp.ones_like, small))
+  return jax.tree.map(lambda x: x > 0, found)
 
 
 def _take(tree, axes, subnet, groups, path):

@@ -28,7 +28,9 @@ class Space:
       cut stays local on a mesh that shards the axis.
     constraint: Predicate on members; only those that pass belong to the space.
     pool: Members, as `Subnet` or text, that sampling is limited to.
-    **choices: Sizes by axis. On a depth axis a size may be a tuple of layer ids (`spaced`).
+    **choices: Sizes by axis. On a depth axis a size may be a tuple of layer ids (`spaced`). The axis
+      `resolution`, in pixels, is the side that images are resized to before the sub-network sees them;
+      it cuts no parameter.
 
   Example:
     >>> space = Space(layers=(2, 4, 6), embed=(48, 96), heads=(3, 6), mlp=(96, 192, 384))

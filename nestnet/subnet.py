@@ -4,20 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from nestnet.errors import UserError
 
 Size = int | tuple[int, ...]
 
+# Axes of the images that a network is given, not of its parameters: the side, in pixels.
+INPUTS = ("resolution",)
+
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-  """Several sizes along an axis, of which data says which one each layer has."""
+  """Several sizes along an axis, of which data says which one each layer has.
+
+  Attributes:
+    axis: The axis that is chosen along.
+    sizes: Its sizes, in rising order.
+    values: What a field is for each of them, where it follows from the choice; else the sizes.
+
+  Example:
+    >>> OneOf("expand", (3, 6)).map(lambda expand: 16 * expand).value(6)
+    96
+  """
 
   axis: str
   sizes: tuple[int, ...]
+  values: tuple[int, ...] | None = None
+
+  def value(self, size: int) -> int:
+    """The field where `size` is chosen."""
+    return (self.values or self.sizes)[self.sizes.index(size)]
+
+  def map(self, function: Callable[[int], int]) -> OneOf:
+    """A field that follows from this one."""
+    return dataclasses.replace(self, values=tuple(map(function, self.values or self.sizes)))
+
+
+def derived(size: Any, function: Callable[[int], int]) -> Any:
+  """What follows from a size; from each size of a list, or from each that data chooses from.
+
+  Example:
+    >>> derived(3, lambda n: n + 1), derived((1, 2), lambda n: n + 1)
+    (4, (2, 3))
+  """
+  if isinstance(size, OneOf):
+    return size.map(function)
+  return tuple(map(function, size)) if isinstance(size, tuple) else function(size)
 
 
 _AXIS = re.compile(r"[A-Za-z_]\w*")
@@ -121,6 +156,11 @@ class Subnet(Mapping[str, Size]):
   def chosen(self) -> Mapping[str, Size]:
     """What was chosen along each axis: an int, layer ids, or one size a layer."""
     return self._chosen
+
+  @property
+  def of_model(self) -> Subnet:
+    """Without what steers its inputs: the sizes of the module and of its parameters."""
+    return Subnet(**{a: s for a, s in self._chosen.items() if a not in INPUTS})
 
   def layer(self, depth: str, position: int) -> Subnet:
     """The sizes of one kept layer: lists over `depth` become that layer's entry."""

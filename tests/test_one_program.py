@@ -22,7 +22,7 @@ from nestnet.one_program import OneProgram
 from nestnet.optim import optimizer, schedule
 from nestnet.sampling import on_shards, sampler
 from nestnet.sharding import make_mesh, put_batch
-from nestnet.slicing import mask, scatter, take
+from nestnet.slicing import scatter, take
 from nestnet.steps import Recipe, Step
 
 IMAGES = np.random.default_rng(9).normal(size=(4, 8, 8, 1)).astype(np.float32)
@@ -141,7 +141,7 @@ def test_what_a_vector_uses_is_what_the_slice_uses(name):
     ones = jax.tree.map(lambda s: np.ones(s.shape), net.shapes["params"])
     small = take(ones, axes, subnet, groups)
     used = jax.tree.map(lambda x: np.asarray(x) > 0, scatter(small, axes, subnet, ones, groups))
-    found = mask(ones, axes, one.sizes(one.vector(subnet)), groups)
+    found = jax.jit(one.used)(one.vector(subnet), ones)
     jax.tree.map(np.testing.assert_array_equal, found, used)
 
 
@@ -152,7 +152,7 @@ def test_untouched_weights_stay():
               optimizer("adamw", schedule("constant", 0.01, 0, 10), 0.1, 0.0), group.mesh, execution="one_program")
   start, (subnet,) = step.init(), step.recipe.sampler.terms(0)[0].candidates
   state = train(step, 1)[0]
-  used = mask(start.trained, step.axes, step.one.sizes(step.one.vector(subnet)))
+  used = step.one.used(step.one.vector(subnet), start.trained["model"])
   moved = jax.tree.map(lambda a, b: np.asarray(a != b), state.trained, start.trained)
   assert not all(leaf.all() for leaf in jax.tree.leaves(used))
   for own, other in zip(jax.tree.leaves(used), jax.tree.leaves(moved)):

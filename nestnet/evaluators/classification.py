@@ -13,29 +13,34 @@ import numpy as np
 import optax
 
 from nestnet.errors import UserError
+from nestnet.execution import resized
 from nestnet.models.convolution import STATISTICS
+from nestnet.subnet import INPUTS, Subnet
 
 BATCH = 256
 
 
-def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndarray]
-                   ) -> Iterator[tuple[str, float]]:
+def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndarray],
+                   subnet: Subnet = Subnet()) -> Iterator[tuple[str, float]]:
   """Yields `accuracy`, a share, and `loss`, the mean cross-entropy in nats.
 
   Args:
     module: A network whose outputs have `logits` `[batch, classes]`.
     variables: Its variables.
     data: `image` `[examples, ...]` and `label` `[examples]`.
+    subnet: Whose resolution the images are given at.
 
   Raises:
     ValueError: The network normalises by batch statistics and is not calibrated.
   """
-  logits = [_logits(module, variables, images) for images in batches(data["image"])]
+  inputs = Subnet(**{axis: size for axis, size in subnet.items() if axis in INPUTS})
+  logits = [_logits(module, inputs, variables, images) for images in batches(data["image"])]
   yield from metrics(np.concatenate(logits), data["label"])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(module, variables, images):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(module, inputs, variables, images):
+  images = resized(images, inputs)
   if STATISTICS in variables:
     return module.apply(variables, images)["logits"]
   outputs, recorded = module.apply(variables, images, mutable=[STATISTICS])

@@ -21,7 +21,7 @@ from nestnet.models.convolution import (
 from nestnet.models.layers import Linear, residual
 from nestnet.models.stack import stack
 from nestnet.space import Space
-from nestnet.subnet import Size, Subnet, kept_ids
+from nestnet.subnet import Size, Subnet, derived, kept_ids
 
 STAGES = 6
 
@@ -196,7 +196,7 @@ class MobileNet(nn.Module):
     reads = [self.channels(stage - 1)] + [self.channels(stage)] * (layers - 1)
     if len(expand) != layers:
       raise UserError(f"expand_{stage}={expand} lists {len(expand)} blocks for layers_{stage}={layers}")
-    return tuple(divisible(round(channels * e)) for channels, e in zip(reads, expand))
+    return tuple(derived(e, lambda e, n=n: divisible(round(n * e))) for n, e in zip(reads, expand))
 
   def member(self, subnet: Subnet) -> MobileNet:
     """The ordinary network of a sub-network; its kernels are its own, so nothing transforms them."""

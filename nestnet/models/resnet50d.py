@@ -14,7 +14,7 @@ from nestnet.models.convolution import ConvNorm, average, check_norm, divisible
 from nestnet.models.layers import Linear
 from nestnet.models.stack import stack
 from nestnet.space import Space
-from nestnet.subnet import Size, Subnet, kept_ids
+from nestnet.subnet import Size, Subnet, derived, kept_ids
 
 STAGES = (1, 2, 3, 4)
 STRIDES = (1, 2, 2, 2)
@@ -100,8 +100,7 @@ class ResNet50D(nn.Module):
   def hidden(self, stage: int) -> Size:
     """The hidden channels of the blocks of a stage."""
     width, expand = self.channels(stage), getattr(self, f"expand_{stage}")
-    of = lambda e: divisible(round(width * e / 100))
-    return tuple(map(of, expand)) if isinstance(expand, tuple) else of(expand)
+    return derived(expand, lambda e: divisible(round(width * e / 100)))
 
   def sizes(self, subnet: Subnet) -> Subnet:
     """How long the axes of the parameters are in a sub-network, in every stage.

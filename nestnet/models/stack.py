@@ -77,7 +77,7 @@ def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Map
   """
   if lead is not None:
     _check_lengths(sizes, layers, depth)
-    led = _Led(lead, block, int(layers), sizes, depth, dict(constants or {}), remat, taps, unroll, name=name)
+    led = _Led(lead, block, layers, sizes, depth, dict(constants or {}), remat, taps, unroll, name=name)
     return led(x, kwargs)
   parts = _parts(block, sizes)
   constants = {k: jnp.asarray(v, jnp.float32) for k, v in (constants or {}).items()}
@@ -183,14 +183,19 @@ class _Led(nn.Module):
   @nn.compact
   def __call__(self, x, kwargs):
     constants = {k: jnp.asarray(v, jnp.float32) for k, v in self.constants.items()}
-    first = self.lead(name=f"{self.depth}_0", **{
-      field: size[0] if isinstance(size, tuple) else size for field, size in self.sizes.items()})
-    x = _call(first, x, {k: v[0] for k, v in constants.items()}, self.remat, kwargs)
+    name = f"{self.depth}_0"
+    sizes = {field: size[0] if isinstance(size, tuple) else size for field, size in self.sizes.items()}
+    count = self.layers.of if isinstance(self.layers, Layers) else int
+    if isinstance(self.layers, Layers):
+      first = Switched((Part(None, self.lead, sizes),), count(1), self.depth, name=name)
+      x, _ = first(x, {k: v[:1] for k, v in constants.items()}, False, 1, kwargs)
+    else:
+      x = _call(self.lead(name=name, **sizes), x, {k: v[0] for k, v in constants.items()}, self.remat, kwargs)
     outputs = jax.tree.map(lambda y: y[None], x)
     if self.layers > 1:
       behind = {field: _behind(size) for field, size in self.sizes.items()}
       x, more = stack(
-        self.block, x, layers=self.layers - 1, sizes=behind, name=REST, depth=self.depth,
+        self.block, x, layers=count(self.layers - 1), sizes=behind, name=REST, depth=self.depth,
         constants={k: v[1:] for k, v in constants.items()}, remat=self.remat, taps=self.taps,
         unroll=self.unroll, **kwargs)
       if self.taps:

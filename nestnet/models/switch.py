@@ -19,28 +19,60 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import subtract_filters
 
-from nestnet.axes import variable_axes
+from nestnet.axes import statistics_axes
 from nestnet.slicing import scatter, take
 from nestnet.subnet import OneOf, Subnet
 
 CHOICE = "choice"
 
 
-class Layers(int):
-  """A number of layers that are cut inside the scan over them; otherwise an ordinary int.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+  """Where layers stand in the tree of the variables, and how one of them is cut.
 
   Attributes:
-    beside: Sizes that are the same in all layers, such as the residual width.
+    axes: Axis names of each collection of a layer.
+    keep: What `take` keeps of a layer, from the sizes that were chosen for it.
     groups: As in `Space.groups`.
+    stacked: Whether the arrays have a dimension over layers; else it is one layer.
     gather: Applied to a layer's parameters before they are cut: makes those whole that lie in shares
       on a mesh.
   """
 
-  def __new__(cls, count: int, beside: Subnet = Subnet(), groups: Mapping[str, int] | None = None,
-              gather: Callable[[Any], Any] = lambda params: params):
+  axes: Mapping[str, Any]
+  keep: Callable[[Mapping[str, int]], Subnet]
+  groups: Mapping[str, int]
+  stacked: bool = True
+  gather: Callable[[Any], Any] = lambda params: params
+
+  def cut(self, part: Part | None, collections: Mapping[str, Any], choice: Mapping[str, int]
+          ) -> dict[str, Any]:
+    """A part's variables in one of its choices; without a part, those of the layer."""
+    subnet = self.keep(choice)
+    return {name: take(tree, self.names(part, name, tree), subnet, self.groups, strict=False)
+            for name, tree in collections.items()}
+
+  def names(self, part: Part | None, collection: str, tree: Any) -> Any:
+    """Axis names of a collection of a part; statistics that came later have those of their scales."""
+    axes = part.of(self.axes) if part else self.axes
+    return axes[collection] if collection in axes else statistics_axes(axes["params"], tree)
+
+
+class Layers(int):
+  """A number of layers that are cut inside the scan over them; otherwise an ordinary int.
+
+  Attributes:
+    sites: The sites by their paths.
+  """
+
+  def __new__(cls, count: int, sites: Mapping[tuple[str, ...], Site]):
     self = super().__new__(cls, count)
-    self.beside, self.groups, self.gather = beside, dict(groups or {}), gather
+    self.sites = sites
     return self
+
+  def of(self, count: int) -> Layers:
+    """Another number of them."""
+    return Layers(count, self.sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +89,26 @@ class Part:
   make: Callable[..., nn.Module]
   sizes: Mapping[str, Any]
 
+  @property
+  def axes(self) -> dict[str, tuple[int, ...]]:
+    """The axes that it has several sizes along, and these."""
+    return {size.axis: size.sizes for size in self.sizes.values() if isinstance(size, OneOf)}
+
   def choices(self) -> list[dict[str, int]]:
-    """Every combination of sizes, in the order in which `index` counts them."""
-    columns = [s.sizes if isinstance(s, OneOf) else (s,) for s in self.sizes.values()]
-    return [dict(zip(self.sizes, row)) for row in itertools.product(*columns)]
+    """Every combination of a size along each axis, in the order in which `index` counts them."""
+    return [dict(zip(self.axes, row)) for row in itertools.product(*self.axes.values())]
 
   def index(self, choice: Mapping[str, jax.Array]) -> Any:
     """Which combination each layer uses, `[layers]`, from the positions of its sizes."""
     place = 0
-    for field, size in self.sizes.items():
-      if isinstance(size, OneOf):
-        place = place * len(size.sizes) + choice[size.axis]
+    for axis, sizes in self.axes.items():
+      place = place * len(sizes) + choice[axis]
     return place
 
-  def subnet(self, sizes: Mapping[str, int]) -> Subnet:
-    """A combination of sizes, by axis."""
-    return Subnet(**{of.axis: sizes[field] for field, of in self.sizes.items() if isinstance(of, OneOf)})
-
-  def module(self, sizes: Mapping[str, int]) -> nn.Module:
+  def module(self, choice: Mapping[str, int]) -> nn.Module:
     """The module of a combination of sizes, on its own."""
+    sizes = {field: size.value(choice[size.axis]) if isinstance(size, OneOf) else size
+             for field, size in self.sizes.items()}
     return self.make(name=None, **sizes).clone(parent=None, name=None)
 
   def of(self, collections: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +136,11 @@ class Switched(nn.Module):
 
   @nn.compact
   def __call__(self, x, constants, taps, unroll, kwargs):
+    site = self.layers.sites[self.path]
     variables = dict(self.variables)
     choice = variables.pop(CHOICE, {})
+    if not site.stacked:
+      variables = jax.tree.map(lambda leaf: leaf[None], variables)
     params = {"params": variables.pop("params", {})}
     skips = self.depth in choice
     index = tuple(jnp.broadcast_to(
@@ -117,16 +153,24 @@ class Switched(nn.Module):
 
     def functions(part):
       example = jax.tree.map(lambda leaf: leaf[0], (part.of(params), part.of(variables), constants, keys))
-      absent, *present = _functions(part, self.layers, x, example, kwargs, join, mutable)
+      absent, *present = _functions(part, site, x, example, kwargs, join, mutable)
       return [absent, *present] if skips else present
 
-    run = _run([functions(part) for part in self.parts], self.parts, self.layers.gather, taps, unroll)
+    scan = functools.partial(jax.lax.scan, unroll=unroll) if site.stacked else _once
+    run = _run([functions(part) for part in self.parts], self.parts, site.gather, taps, scan)
     x, outputs, updates = run(params, x, shared, ((index, variables, constants, keys), whole))
     for collections in (part.under(u) for part, u in zip(self.parts, updates)):
       for collection, tree in collections.items():
         for key, value in tree.items():
-          self.put_variable(collection, key, value)
+          self.put_variable(collection, key, value if site.stacked else jax.tree.map(lambda v: v[0], value))
     return x, outputs
+
+
+def _once(layer, carry, entries, reverse=False):
+  """As a scan over one entry, but that what is carried may change its shape."""
+  del reverse
+  carry, output = layer(carry, jax.tree.map(lambda leaf: leaf[0], entries))
+  return carry, jax.tree.map(lambda leaf: leaf[None], output)
 
 
 def _split(kwargs):
@@ -145,7 +189,7 @@ def _split(kwargs):
   return pick("shared"), pick("whole"), join
 
 
-def _functions(part, layers, x, example, kwargs, join, mutable):
+def _functions(part, site, x, example, kwargs, join, mutable):
   """What the part does in each of its choices, absent first, all with results of the same shapes.
 
   Each is `f(params, x, shared, fixed) -> (x, updates)`, where `fixed` is `((variables, constants,
@@ -153,23 +197,18 @@ def _functions(part, layers, x, example, kwargs, join, mutable):
   """
   params, variables, constants, keys = example
   choices = part.choices()
-  modules = [part.module(sizes) for sizes in choices]
-  subnets = [part.subnet(sizes) for sizes in choices]
-  full = part.module({field: max(c[field] for c in choices) for field in part.sizes})
-  names = variable_axes(full, x, constants, **kwargs)
+  modules = [part.module(choice) for choice in choices]
 
   def small(i, params, x, shared, fixed):
     """The part in one of its choices, with updates of those sizes."""
     (variables, constants, keys), whole = fixed
-    subnet = Subnet(**{**layers.beside.chosen, **subnets[i].chosen})
-    cut = {c: take(tree, names[c], subnet, layers.groups, strict=False)
-           for c, tree in {**params, **variables}.items()}
+    cut = site.cut(part, {**params, **variables}, choices[i])
     return modules[i].apply(cut, x, constants, rngs=keys, mutable=mutable, **join(shared, whole))
 
   def present(i, params, x, shared, fixed):
     y, updates = small(i, params, x, shared, fixed)
     variables = fixed[0][0]
-    return y, {c: _laid(tree, variables.get(c), names.get(c), subnets[i], layers.groups, shapes[c])
+    return y, {c: _laid(tree, variables.get(c), part, site, c, choices[i], shapes[c])
                for c, tree in updates.items()}
 
   def absent(params, x, shared, fixed):
@@ -183,13 +222,14 @@ def _functions(part, layers, x, example, kwargs, join, mutable):
   return [absent, *(functools.partial(present, i) for i in range(len(choices)))]
 
 
-def _laid(small, old, names, subnet, groups, shapes):
+def _laid(small, old, part, site, collection, choice, shapes):
   """Updated variables in the shapes of the full size; what the sub-network lacks stays as it was."""
   if old is None:
     return jax.tree.map(lambda leaf, s: jnp.pad(
       leaf, [(0, full - size) for full, size in zip(s.shape, leaf.shape)]), small, shapes)
   ones = jax.tree.map(jnp.ones_like, small)
-  spread, mask = (scatter(tree, names, subnet, old, groups) for tree in (small, ones))
+  names, subnet = site.names(part, collection, old), site.keep(choice)
+  spread, mask = (scatter(tree, names, subnet, old, site.groups) for tree in (small, ones))
   return jax.tree.map(lambda new, m, kept: jnp.where(m > 0, new, kept), spread, mask, old)
 
 
@@ -197,7 +237,7 @@ def _switch(index, branches, *operands):
   return jax.lax.switch(index, branches, *operands) if len(branches) > 1 else branches[0](*operands)
 
 
-def _run(functions, parts, gather, taps, unroll):
+def _run(functions, parts, gather, taps, scan):
   """`run(params, x, shared, (fixed of each layer, whole)) -> (x, taps, updates of each part)`."""
 
   def pullback(function):
@@ -227,7 +267,7 @@ def _run(functions, parts, gather, taps, unroll):
         updates.append(updated)
       return x, (inputs, updates, x if taps else None)
 
-    x, (inputs, updates, outputs) = jax.lax.scan(layer, x, (params, each), unroll=unroll)
+    x, (inputs, updates, outputs) = scan(layer, x, (params, each))
     return (x, outputs, updates), (params, shared, fixed, inputs)
 
   def backward(saved, cotangents):
@@ -250,8 +290,8 @@ def _run(functions, parts, gather, taps, unroll):
       return (of_x, of_shared), pull({"params": grads})[0]
 
     start = last, jax.tree.map(jnp.zeros_like, shared)
-    (of_x, of_shared), grads = jax.lax.scan(
-      layer, start, (params, each, inputs, of_updates, of_outputs), reverse=True, unroll=unroll)
+    (of_x, of_shared), grads = scan(
+      layer, start, (params, each, inputs, of_updates, of_outputs), reverse=True)
     return grads, of_x, of_shared, None
 
   run.defvjp(forward, backward)
