@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestnet.errors import UserError
-from nestnet.execution import Supernet
+from nestnet.execution import Supernet, resized
 from nestnet.files import atomic_write
 from nestnet.models.convolution import STATISTICS
 from nestnet.pieces import Piece, Pieces
@@ -126,10 +126,10 @@ class Latency:
 
   def measured(self, subnet: Subnet) -> float:
     """The time of the whole network, in milliseconds; from the table if it was timed before."""
-    apply = self.supernet.module(subnet).apply
+    apply, inputs = self.supernet.module(subnet).apply, [resized(x, subnet) for x in self.inputs]
     variables = {"params": {}} | jax.eval_shape(
       lambda v: self.supernet.cut(v, subnet), self.supernet.shapes)
-    return self.table.ms(str(subnet), apply, calibrated(apply, variables, *self.inputs), *self.inputs,
+    return self.table.ms(str(subnet), apply, calibrated(apply, variables, *inputs), *inputs,
                          measure=whole_ms)
 
   def fit(self, members: Iterable[Subnet]) -> None:

@@ -21,10 +21,10 @@ from flax.core import meta
 
 from nestnet import cost
 from nestnet.axes import REST, Axes, flat, is_axes
-from nestnet.execution import Supernet, sizes_of
+from nestnet.execution import Supernet, resized, sizes_of
 from nestnet.models.stack import applied
 from nestnet.slicing import axes_in
-from nestnet.subnet import Subnet, depth_of, kept_count
+from nestnet.subnet import INPUTS, Subnet, depth_of, kept_count
 
 _LISTED = re.compile(r"(layers(?:_\d+)?)_(\d+)")
 AROUND = "around"
@@ -127,7 +127,7 @@ class Pieces:
     paths = {stack.path for stack in self._stacks}
     self._around = frozenset(_outside(axes, paths))
     # Sizes that no parameter shows may matter to any piece.
-    self._hidden = frozenset(sizes_of(supernet.model, supernet.space.largest)) - axes_in(axes)
+    self._hidden = (frozenset(sizes_of(supernet.model, supernet.space.largest)) - axes_in(axes)) | set(INPUTS)
     self._found: dict[tuple, Piece] = {}
 
   def of(self, subnet: Subnet) -> list[Piece]:
@@ -147,7 +147,8 @@ class Pieces:
     return sum(p.train_flops for p in self.of(subnet))
 
   def _keys(self, subnet: Subnet) -> list[tuple]:
-    sizes = sizes_of(self.supernet.model, subnet).chosen
+    sizes = dict(sizes_of(self.supernet.model, subnet).chosen)
+    sizes |= {axis: subnet[axis] for axis in INPUTS if axis in subnet}
     keys: list[tuple] = [((AROUND,), False, _only(sizes, self._around | self._hidden))]
     for stack in self._stacks:
       named = _only(sizes, stack.axes | self._hidden)
@@ -197,7 +198,7 @@ class Pieces:
 
   def _trace(self, subnet: Subnet, name: str, make: Callable[..., Piece]) -> Piece:
     """What stands around the layers of a member; `make(place, layer, x, ...)` gives each layer's piece."""
-    module = self.supernet.module(subnet)
+    module, inputs = self.supernet.module(subnet), tuple(resized(x, subnet) for x in self.inputs)
 
     def stand_in(layer, x, *rest):
       return _stand_in(make(_place(tuple(layer.path)), layer, x, *rest), x)
@@ -207,8 +208,8 @@ class Pieces:
         return module.apply(variables, *inputs, **options)
 
     with applied(stand_in):
-      outputs, variables = _made(module, *self.inputs)
-    return Piece(name, run, variables, tuple(self.inputs), outputs)
+      outputs, variables = _made(module, *inputs)
+    return Piece(name, run, variables, inputs, outputs)
 
 
 def _layer_piece(name: str, layer: nn.Module, x: Any, constants: Any, remat: bool, kwargs: Mapping[str, Any]
