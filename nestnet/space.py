@@ -391,7 +391,11 @@ class Space:
     return max(reach(depth, c) for c in self.choices(depth))
 
   def _slots(self, axis: str) -> int:
-    return self._full(depth_of(axis))
+    return self._lengths[axis]
+
+  @functools.cached_property
+  def _lengths(self) -> dict[str, int]:
+    return {axis: self._full(depth_of(axis)) for axis in self._free}
 
 
 def volume(subnet: Subnet) -> float:

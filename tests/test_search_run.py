@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from nestnet import cli, evaluation, report, runs, search_run
+from nestnet import cli, errors, evaluation, report, runs, search_run
 from nestnet.data import load
 
 DEFAULT = pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits_vit.py"
@@ -56,3 +56,14 @@ def test_a_pool_is_not_left(finished, tmp_path):
   result = search_run.search_run(finished, tmp_path, {"params": 1e9})
   pool = runs.opened(finished)[0].supernet.space.pool
   assert result["members_looked_at"] == len(pool) and result["subnet"] in map(str, pool)
+
+
+@pytest.mark.slow
+def test_latency_is_a_budget_and_its_table_is_kept(finished, tmp_path):
+  result = search_run.search_run(finished, tmp_path, {"latency_ms": 1e6}, beyond_pool=True)
+  assert result["members_looked_at"] == 4 and result["row"]["latency_ms"] > 0
+  table = (finished / "latency.json").read_text()
+  again = search_run.search_run(finished, tmp_path, {"latency_ms": 1e6}, beyond_pool=True)
+  assert again["row"] == result["row"] and (finished / "latency.json").read_text() == table
+  with pytest.raises(errors.UserError, match="latency_ms of at most 1e-09; the cheapest: latency_ms "):
+    search_run.search_run(finished, tmp_path, {"latency_ms": 1e-9}, beyond_pool=True)
