@@ -39,7 +39,8 @@ def schedule(name: str, learning_rate: float, warmup_steps: int, steps: int, *, 
                     f"above 0 and fewer warm-up steps than the {steps} steps of training")
   if not 0 <= floor <= 1 or min(decay_rate, decay_share) <= 0 or any(not 0 < m < 1 for m in milestones):
     raise UserError(f"optim: floor={floor}, decay_rate={decay_rate}, decay_share={decay_share}, milestones="
-                    f"{list(milestones)}; allowed: floor in [0, 1], rate and share above 0, milestones in (0, 1)")
+                    f"{list(milestones)}; allowed: floor in [0, 1], rate and share above 0, milestones in "
+                    "(0, 1)")
   after, lowest = steps - warmup_steps, floor * learning_rate
   falls: dict[int, float] = {}
   for milestone in milestones:
@@ -61,7 +62,8 @@ def schedule(name: str, learning_rate: float, warmup_steps: int, steps: int, *, 
 
 def optimizer(name: str, rate: optax.Schedule, weight_decay: float = 0.0, clip_norm: float = 0.0,
               momentum: float = 0.9, b1: float = 0.9, b2: float = 0.999, epsilon: float = 1e-8,
-              coupled: bool = False, clip_value: float = 0.0) -> Callable[[Any], optax.GradientTransformation]:
+              coupled: bool = False, clip_value: float = 0.0
+              ) -> Callable[[Any], optax.GradientTransformation]:
   """Makes an optimizer from a mask of the weights that decay (kernels; no biases, norms, positions).
 
   Args:
@@ -81,7 +83,8 @@ def optimizer(name: str, rate: optax.Schedule, weight_decay: float = 0.0, clip_n
   """
   if min(weight_decay, clip_norm, clip_value) < 0 or not all(0 <= b < 1 for b in (b1, b2, momentum)):
     raise UserError(f"optim: weight_decay={weight_decay}, clip_norm={clip_norm}, clip_value={clip_value}, "
-                    f"momentum={momentum}, b1={b1}, b2={b2}; allowed: at least 0, and [0, 1) for the last three")
+                    f"momentum={momentum}, b1={b1}, b2={b2}; allowed: at least 0, and [0, 1) for the last "
+                    "three")
   if coupled and name == "adamw":
     raise UserError("optim: coupled weight decay with adamw, whose decay is decoupled; allowed: sgd, rmsprop")
 

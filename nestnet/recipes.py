@@ -163,7 +163,7 @@ def attentive_nas_worst_up() -> dict[str, Any]:
 
 
 def alphanet() -> dict[str, Any]:
-  """A sandwich whose members follow the largest by the larger of two α-divergences (AlphaNet, 2102.07954)."""
+  """A sandwich whose members follow the largest by adaptive α-divergence (AlphaNet, 2102.07954)."""
   objective = {"name": "alpha_divergence", "alphas": (-1.0, 1.0), "clamp": 5.0, "label_smoothing": 0.1,
                "student_labels": 0.0, "distillation": 1.0, "delay": 0, "ramp": 0}
   return _recipe("alphanet", _sandwich()) | {"objective": objective}

@@ -28,7 +28,7 @@ def shrunken(method, steps=2):
     config.model.update(layers=2, embed=16, heads=4, mlp=16, patch=4)
     steps = max(steps, len(config.get("phases", ())))
     config.train.update(steps=steps, batch_size=8, checkpoint_every=100, log_every=1)
-    config.optim.warmup_steps = 1
+    config.optim.warmup_steps = 0 if config.get("phases") else 1
     if method.startswith("matryoshka"):
       config.model.features = 16
       config.space.features = (4, 16)

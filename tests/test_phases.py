@@ -30,12 +30,15 @@ def test_ofa_opens_kernels_then_depths_then_widths():
     ((7,), (4,), (6,)), ((3, 5, 7), (4,), (6,)), ((3, 5, 7), (3, 4), (6,)), ((3, 5, 7), (2, 3, 4), (6,)),
     ((3, 5, 7), (2, 3, 4), (4, 6)), ((3, 5, 7), (2, 3, 4), (3, 4, 6))]
   assert [phase["share"] for phase in made] == [180, 125, 25, 125, 25, 125]
-  assert [phase["optim"]["factor"] * 2.6 for phase in made[1:]] == pytest.approx([0.96, 0.08, 0.24, 0.08, 0.24])
+  assert [phase["optim"]["factor"] * 2.6 for phase in made[1:]] == pytest.approx(
+    [0.96, 0.08, 0.24, 0.08, 0.24])
   assert [phase["optim"]["warmup_share"] * 125 for phase in made[1:]] == [5, 0, 5, 0, 5]
   assert [phase["recipe"]["sampler"]["n"] for phase in made[1:]] == [1, 2, 2, 4, 4]
   assert made[0]["recipe"] == {"sampler": {"name": "largest"}, "teacher": "largest"}
-  # Channels are sorted once, before the first widths open.
-  assert [phase.get("enter") for phase in made] == [None, None, None, None, "module:sort", None]
+  # Channels are sorted before widths open.
+  assert [phase.get("enter") for phase in made] == 4 * [None] + 2 * ["module:sort"]
+  assert recipes.phases("ofa", MOBILE)[-1]["enter"] == "nestnet.importance:Sort"
+  assert "enter" not in recipes.phases("ofa", MOBILE, enter="")[-1]
   # The pool has members that are not there yet; the last space is the config's own.
   assert [s["pool"] for s in spaces] == 5 * [()] + [MOBILE["pool"]]
   assert [Space(**s).size for s in spaces][::5] == [1, (9 ** 2 + 9 ** 3 + 9 ** 4) ** 2]

@@ -26,7 +26,8 @@ def near(count, probability):
 
 
 @pytest.mark.parametrize("name, options", [
-  ("sandwich", {"candidates": 2}), ("attentive", {}), ("uniform", {"n": 2}), ("sorted_nested", {}), ("sampled", {}), ("joint", {}),
+  ("sandwich", {"candidates": 2}), ("attentive", {}), ("uniform", {"n": 2}),
+  ("sorted_nested", {}), ("sampled", {}), ("joint", {}),
   ("largest", {})])
 def test_nothing_but_seed_and_step_decides(name, options):
   one, two = (sampler(name, SPACE, 7, **options) for _ in range(2))
@@ -169,7 +170,8 @@ def test_attentive_draws_stay_in_the_pool_and_the_constraint():
   pool = ("layers=1,mlp=8", "layers=2,mlp=4", "layers=2,mlp=8")
   space = Space(layers=(1, 2), mlp=(4, 8, 16), pool=pool)
   options = dict(random=1, buckets=2, table=50)
-  seen = {c for step in range(100) for c in sampler("attentive", space, 0, **options).terms(step)[1].candidates}
+  drawn = sampler("attentive", space, 0, **options)
+  seen = {c for step in range(100) for c in drawn.terms(step)[1].candidates}
   assert seen == set(space.pool)
   odd = Space(layers=(1, 2), mlp=(4, 8, 16), constraint=lambda s: s["layers"] * s["mlp"] != 8)
   drawn = sampler("attentive", odd, 0, **options)

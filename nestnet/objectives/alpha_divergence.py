@@ -34,8 +34,8 @@ def alpha_divergence(alphas: Sequence[float] = (-1.0, 1.0), clamp: float = 5.0, 
     ramp: As in `classification`.
   """
   if not alphas or clamp <= 0:
-    raise UserError(f"alpha_divergence: alphas={list(alphas)}, clamp={clamp}; allowed: at least one α, and a "
-                    "clamp above 0")
+    raise UserError(f"alpha_divergence: alphas={list(alphas)}, clamp={clamp}; allowed: at least one α, and "
+                    "a clamp above 0")
 
   def relation(outputs, teacher):
     values, terms = zip(*(divergence(outputs["logits"], teacher["logits"], alpha, clamp) for alpha in alphas))

@@ -85,12 +85,14 @@ def test_alpha_of_one_is_plain_distillation():
 
 
 def loss(targets, **options):
-  return objective("alpha_divergence", **options).loss({}, {}, {"logits": jnp.float32(LOGITS)}, targets, 0, None)
+  outputs = {"logits": jnp.float32(LOGITS)}
+  return objective("alpha_divergence", **options).loss({}, {}, outputs, targets, 0, None)
 
 
 def test_each_example_has_its_own_alpha():
   values = np.stack([value(LOGITS, TEACHER, alpha) for alpha in (-1.0, 1.0)])
-  terms = np.stack([term(LOGITS, softmax(LOGITS) * parts(LOGITS, TEACHER, alpha)[1]) for alpha in (-1.0, 1.0)])
+  terms = np.stack([term(LOGITS, softmax(LOGITS) * parts(LOGITS, TEACHER, alpha)[1])
+                    for alpha in (-1.0, 1.0)])
   taught = Targets({"label": LABELS}, {"logits": jnp.float32(TEACHER)})
   found, metrics = loss(taught)
   wanted = terms[values.argmax(0), np.arange(6)].mean()
