@@ -36,8 +36,7 @@ class MobileNet(nn.Module):
 
   Attributes:
     classes: Number of classes; 0 for a backbone without a head.
-    layers_0: Number of blocks, without expansion, of a stage before the first; None: there is a single
-      one, whose kernel is 3 x 3 (Once-for-All's fixed block).
+    layers_0: Number of blocks, without expansion, before the first stage; None: one of 3 x 3, fixed.
     kernel_0: As `kernel_1`, of that stage.
     layers_1: Number of blocks in the first stage; so for the others. Fields of stages that `widths`
       does not list are without effect.
@@ -58,9 +57,8 @@ class MobileNet(nn.Module):
     stem_activation: Of the first convolution.
     head_activation: Of the head.
     transforms: Whether smaller kernels are learned transforms of larger ones, else their centres.
-    shortcuts: Whether the first block of a stage has a residual branch too (BigNAS): what it reads is
-      averaged over the stride and projected. The projection is there for equal widths too, since members
-      have others.
+    shortcuts: Whether the first block of a stage is residual too (BigNAS): what it reads is averaged over
+      the stride and projected, also where the widths are equal, since those of members may not be.
     zero_gamma: Whether residual branches start at 0: the scale of their last normalisation does.
     norm: `"batch"`, or `"group"`, which needs no calibration.
     group: Channels in a group: 1, 2, 4 or 8, as all widths are multiples of 8.
@@ -257,9 +255,8 @@ class MobileNet(nn.Module):
     """
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
-    stem = divisible(self.stem * self.width)
-    x = ConvNorm("channels", "stem", stem, 3, self.stem_stride, self.stem_activation, name="stem", **norm)(
-      images, train)
+    x = ConvNorm("channels", "stem", divisible(self.stem * self.width), 3, self.stem_stride,
+                 self.stem_activation, name="stem", **norm)(images, train)
     norm |= dict(shortcut=self.shortcuts, zero_gamma=self.zero_gamma)
     if self.layers_0 is None:
       x = InvertedResidual(0, "stem", self.channels(0), stride=self.strides[0], squeeze=self.squeeze[0],
@@ -396,20 +393,18 @@ def space(model: MobileNet, layers=(2, 3, 4), expand=(3, 4, 6), kernel=(3, 5, 7)
   given = {"layers": layers, "expand": expand, "kernel": kernel}
   choices: dict[str, tuple[int, ...]] = {}
   for axis in model.choices():
-    kind, _, stage = axis.rpartition("_")
+    kind = axis.rpartition("_")[0]
     if axis in others:
       choices[axis] = tuple(others[axis])
     elif kind in given:
       full = getattr(model, axis)
       choices[axis] = tuple(size for size in given[kind] if size <= full) or (full,)
   couple = dict(couple or {})
-  for s in model.stages if tie == "depth" else ():
-    if s:
-      axes = f"layers_{s}", f"expand_{s}"
-      full = tuple(getattr(model, axis) for axis in axes)
-      rows = zip(others.get(axes[0], layers), others.get(axes[1], expand))
-      couple[" ".join(axes)] = [row for row in rows if row[0] <= full[0] and row[1] <= full[1]] or [full]
-      for axis in axes:
-        del choices[axis]
+  for s in range(1, len(model.widths)) if tie == "depth" else ():
+    axes = f"layers_{s}", f"expand_{s}"
+    full = tuple(getattr(model, axis) for axis in axes)
+    rows = zip(others.get(axes[0], layers), others.get(axes[1], expand))
+    couple[" ".join(axes)] = [row for row in rows if row[0] <= full[0] and row[1] <= full[1]] or [full]
+    choices = {axis: sizes for axis, sizes in choices.items() if axis not in axes}
   free = [axis for axis in choices if re.match("expand|kernel", axis)] if tie == "block" else []
   return Space(**choices, couple=couple, per_layer=free)

@@ -7,11 +7,11 @@ from nestnet.subnet import Size
 
 
 class SmallMobileNet(MobileNet):
-  """Three stages, for images of about 12 x 12 pixels, such as `digits_clutter`: three stages.
+  """Three stages, for images of about 12 x 12 pixels such as those of `digits_clutter`.
 
   Example:
     >>> SmallMobileNet(10).hidden(3)
-    (96, 128, 128)
+    (64, 128, 128)
   """
 
   layers_1: int = 3
@@ -24,8 +24,10 @@ class SmallMobileNet(MobileNet):
   kernel_2: Size = 5
   kernel_3: Size = 5
   stem: int = 8
-  widths: tuple[int, ...] = (8, 16, 24, 32)
+  widths: tuple[int, ...] = (8, 8, 16, 32)
   head: tuple[int, ...] = (96,)
   strides: tuple[int, ...] = (1, 1, 2, 1)
   squeeze: tuple[bool, ...] = (False, False, False, True)
   activations: tuple[str, ...] = ("relu", "relu", "h_swish", "h_swish")
+  # Its stacks are short: loops over them cost more than they save.
+  unroll: int = 2

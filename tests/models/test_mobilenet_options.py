@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from nestnet import Space, Subnet
+from nestnet import Space, Subnet, cli
 from nestnet.cost import count_flops
 from nestnet.execution import Supernet
 from nestnet.models import architecture, big_nas, mobilenet, mobilenet_v3, proxyless_nas
@@ -23,6 +24,7 @@ from nestnet.models.proxyless_nas import ProxylessNAS
 from nestnet.models.resnet50d import Bottleneck, ResNet50D
 from nestnet.models.small_mobilenet import SmallMobileNet
 
+ROOT = pathlib.Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 INPUT = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
 IMAGES = jax.random.normal(jax.random.key(1), INPUT.shape)
@@ -109,6 +111,13 @@ def test_a_config_may_hold_a_space():
   space = mobilenet.space(SmallMobileNet(10), (1, 2, 3), (2, 3, 4), (3, 5), tie="depth")
   config = ml_collections.ConfigDict(space.to_json())
   assert Space(**config.to_dict()).size == space.size == (3 * 2) ** 3
+
+
+def test_the_config_spells_the_space_of_its_network():
+  config = cli.load_config(str(ROOT / "configs" / "digits_clutter_mobilenet.py"))
+  spelled = Space(**config.space.to_dict())
+  assert spelled.without_pool() == mobilenet.space(SmallMobileNet(10), (1, 2, 3), (2, 3, 4), (3, 5))
+  assert spelled.size == (6 + 6 ** 2 + 6 ** 3) ** 3 and spelled.largest == spelled.pool[-1]
 
 
 # Shortcuts and the start.

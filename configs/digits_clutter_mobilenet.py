@@ -1,0 +1,37 @@
+"""A nested MobileNet on cluttered digits, 12 x 12 pixels: Once-for-All's choices at a small size.
+
+    python -m experiments.train --config=configs/digits_clutter_mobilenet.py \
+      --workdir=runs/digits_clutter_mobilenet
+
+Depth in each of three stages, and expansion and kernel in each block: 6 + 6^2 + 6^3 choices in a stage,
+258^3 = 1.7e7 members in all. Another method trains with its name as the argument: `...mobilenet.py:sorted`.
+"""
+
+import ml_collections
+
+from nestnet.recipes import recipe
+
+STAGES = (1, 2, 3)
+CHOICES = dict(layers=(1, 2, 3), expand=(2, 3, 4), kernel=(3, 5))
+
+
+def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = dict(name="SmallMobileNet")
+  config.space = {f"{axis}_{s}": sizes for axis, sizes in CHOICES.items() for s in STAGES}
+  # Free in every block. Without this the blocks of a stage have one of each.
+  config.space.per_layer = tuple(f"{axis}_{s}" for axis in ("expand", "kernel") for s in STAGES)
+  # What trains, while each member is a program of its own. The table shows a sample of the space.
+  config.space.pool = tuple(",".join(f"layers_{s}={d},expand_{s}={e},kernel_{s}={k}" for s in STAGES)
+                            for d, e, k in ((1, 2, 3), (2, 3, 3), (2, 3, 5), (3, 4, 5)))
+  config.recipe = recipe(method)
+  config.data = dict(name="digits_clutter", data_dir="", augment="none")
+  config.optim = dict(name="sgd", learning_rate=0.1, schedule="cosine", warmup_steps=50,
+                      weight_decay=1e-4, clip_norm=1.0, momentum=0.9)
+  # Global batch, in images; the last step is always saved.
+  config.train = dict(steps=2000, batch_size=128, checkpoint_every=500, log_every=10, eval_every=0,
+                      execution="auto", per_shard_subnets=False, accumulate=1)
+  # Devices; -1 takes all that are there.
+  config.mesh = dict(data=1, fsdp=1, model=1)
+  return config
