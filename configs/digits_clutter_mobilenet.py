@@ -4,12 +4,13 @@
       --workdir=runs/digits_clutter_mobilenet
 
 Depth in each of three stages, and expansion and kernel in each block: 6 + 6^2 + 6^3 choices in a stage,
-258^3 = 1.7e7 members in all. Another method trains with its name as the argument: `...mobilenet.py:sorted`.
+258^3 = 1.7e7 members in all, which train as data to one program. Another method trains with its name as
+the argument: `configs/digits_clutter_mobilenet.py:ofa`.
 """
 
 import ml_collections
 
-from nestnet.recipes import recipe
+from nestnet import recipes
 
 STAGES = (1, 2, 3)
 CHOICES = dict(layers=(1, 2, 3), expand=(2, 3, 4), kernel=(3, 5))
@@ -22,10 +23,14 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config.space = {f"{axis}_{s}": sizes for axis, sizes in CHOICES.items() for s in STAGES}
   # Free in every block. Without this the blocks of a stage have one of each.
   config.space.per_layer = tuple(f"{axis}_{s}" for axis in ("expand", "kernel") for s in STAGES)
-  # What trains, while each member is a program of its own. The table shows a sample of the space.
+  # What the table shows of the space.
   config.space.pool = tuple(",".join(f"layers_{s}={d},expand_{s}={e},kernel_{s}={k}" for s in STAGES)
                             for d, e, k in ((1, 2, 3), (2, 3, 3), (2, 3, 5), (3, 4, 5)))
-  config.recipe = recipe(method)
+  config.recipe = recipes.recipe(method)
+  if "whole" in config.recipe["sampler"]:
+    config.recipe["sampler"]["whole"] = True
+  if several := recipes.phases(method, config.space):
+    config.phases = several
   config.data = dict(name="digits_clutter", data_dir="", augment="none")
   config.optim = dict(name="sgd", learning_rate=0.1, schedule="cosine", warmup_steps=50,
                       weight_decay=1e-4, clip_norm=1.0, momentum=0.9)
