@@ -116,21 +116,8 @@ def _alone(module, variables, images):
 
 @functools.lru_cache(maxsize=8)
 def _together(one: OneProgram):
-  supernet = one.supernet
-
-  @jax.jit
-  def run(variables, vectors, images):
-    largest = supernet.runnable(supernet.space.largest)
-    shapes = jax.eval_shape(lambda v, x: moments(largest, v, x), variables, images)
-
-    def padded(runnable, variables, images):
-      # Branches of other outer sizes must return the same shapes.
-      return jax.tree.map(lambda x, s: jnp.pad(x, [(0, m - n) for n, m in zip(x.shape, s.shape)]),
-                          moments(runnable, variables, images), shapes)
-
-    return jax.lax.map(lambda vector: one.switch(padded, vector, variables, images), vectors)
-
-  return run
+  return jax.jit(lambda variables, vectors, images: jax.lax.map(
+    lambda vector: one.moments(vector, variables, images), vectors))
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -117,6 +117,7 @@ def test_activations_are_those_that_kernels_see():
   assert scores(step.axes, state.trained, "heads", "activation", 2, seen)[1].shape == (4,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOST)
 def test_a_step_and_an_order_commute(name):
   """All axes that can be sorted, each layer by itself; weights, momentum and average alike."""
