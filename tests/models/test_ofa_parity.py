@@ -75,6 +75,7 @@ def test_logits_and_parameters_are_those_of_the_authors(name, case):
   np.testing.assert_array_equal(in_place, alone)
 
 
+@pytest.mark.slow
 def test_the_axes_of_every_member_are_those_of_its_module():
   model, variables, names = supernet("mbv3")
   subnet = ofa.subnet(model, **read("mbv3_cases")[3]["subnet"])
