@@ -45,6 +45,7 @@ def test_every_size_and_joint_training_are_measured(tmp_path):
   assert all(size in text for size in SIZES) and text.count("bar 1.05: ") == 2
 
 
+@pytest.mark.slow
 def test_a_config_of_another_objective_is_measured_by_labels():
   recipe = recipes.recipe("matryoshka", sizes=(4, 8))
   bed = bench_bed.Bed(config(recipe, {"features": (4, 8)}, features=8), 8, 1)
@@ -73,6 +74,7 @@ def test_one_program_is_measured_against_the_faster_way_to_train_alone(bed):
   assert all(row["members"][::3] == [largest, smallest] for row in steps)
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_where_slices_take_one_each(bed):
   found = bench.compilation(bed)
   # A gradient for each member, or one; zeros; an update.
@@ -88,6 +90,7 @@ def test_memory_counts_parameters_gradients_and_batch(bed):
     assert 2 * weights + batch < found[execution] < 50 * weights
 
 
+@pytest.mark.slow
 def test_utilisation_is_flops_of_the_batch_over_the_time_of_a_step(bed, monkeypatch):
   monkeypatch.setattr(bench, "matmul_peak", lambda dtype: {"float32": 1e9}[dtype.name])
   found = bench.utilisation(bed)

@@ -105,6 +105,7 @@ def test_a_fixed_list_is_one_program_and_need_not_fit(sandwich):
   assert row["memory"]["beside"] == 0 and row["memory"]["total"] > 1000 and not row["fits"]
 
 
+@pytest.mark.slow
 def test_the_largest_is_planned_though_the_first_step_does_not_draw_it():
   drawn = config("matformer_sampled")
   drawn["recipe"]["sampler"] |= {"members": (SMALL, LARGE), "probabilities": (1.0, 0.0)}

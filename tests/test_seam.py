@@ -121,7 +121,8 @@ def state_of(workdir):
   return run, state
 
 
-@pytest.mark.parametrize("method", ["contrast", pytest.param("centred", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
 def test_a_method_of_the_users_own(method, tmp_path):
   workdir = tmp_path / "run"
   assert runs.train(config(method), workdir, show_progress=False)

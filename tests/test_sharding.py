@@ -102,6 +102,7 @@ def test_a_sub_network_moves_what_it_would_alone(mesh):
     assert size <= (whole if MESHES[mesh].get("fsdp", 1) > 1 else alone)[kind][1]
 
 
+@pytest.mark.slow
 def test_storage_is_shared_out():
   """Each device of `fsdp` and `model` holds its part of weights and of what the optimizer keeps."""
   step = make(MESHES["mixed"], TERMS, tx=lambda mask: optax.adam(0.1))
