@@ -104,8 +104,8 @@ class OneProgram:
                       "cannot be data; allowed: train.execution=slice")
     if len(self.widths) > BRANCHES:
       raise UserError(f"one program holds a network for each combination of {', '.join(self.outer)}, here "
-                      f"{len(self.widths)}, of at most {BRANCHES}; allowed: fewer of them, or "
-                      "train.execution=slice")
+                      f"{len(self.widths)}, of at most {BRANCHES}; allowed: fewer of them, as where "
+                      "space.couple ties widths, or train.execution=slice")
     vector, supernet = self.vector(self.supernet.space.smallest), self.supernet
     one = self._branch(self.widths[vector[0]], _nested(self._entries(vector[1:])))
     apply = lambda variables, *inputs: one.module.apply({**one.cut(variables), CHOICE: one.choice}, *inputs)

@@ -31,7 +31,7 @@ from nestnet.axes import REST, abstract_variables
 from nestnet.errors import MissingFileError, UserError
 from nestnet.models.convolution import STATISTICS
 from nestnet.models.mobilenet import MobileNet
-from nestnet.models.resnet50d import STAGES, ResNet50D
+from nestnet.models.resnet50d import ResNet50D
 from nestnet.subnet import Subnet
 
 CONVERT = (
@@ -128,7 +128,7 @@ def subnet(model: MobileNet | ResNet50D, *, d: int | Sequence[int], e: float | S
     >>> small["layers_3"], small["expand_5"], small["kernel_1"]
     (3, 3, 7)
   """
-  stages = list(model.stages) if isinstance(model, MobileNet) else list(STAGES)
+  stages = model.stages
   full = [getattr(model, f"layers_{s}") for s in stages]
   starts = [0, *itertools.accumulate(full)]
   sizes: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def _entries(model, shapes) -> Iterator[_Entry]:
   name_of = _mobilenet_name if isinstance(model, MobileNet) else _resnet_name
   starts = {}
   block = int(isinstance(model, MobileNet))
-  for s in (model.stages if isinstance(model, MobileNet) else STAGES):
+  for s in model.stages:
     starts[s] = block
     block += getattr(model, f"layers_{s}")
   for path, leaf in shapes.items():

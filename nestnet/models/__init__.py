@@ -14,7 +14,8 @@ ARCHITECTURES = {
   "SmallMobileNet": "nestnet.models.small_mobilenet:SmallMobileNet",
   "BigNAS": "nestnet.models.big_nas:BigNAS", "AttentiveNAS": "nestnet.models.big_nas:AttentiveNAS",
   "ProxylessNAS": "nestnet.models.proxyless_nas:ProxylessNAS",
-  "ResNet50D": "nestnet.models.resnet50d:ResNet50D"}
+  "ResNet50D": "nestnet.models.resnet50d:ResNet50D",
+  "SmallResNet": "nestnet.models.small_resnet:SmallResNet"}
 
 
 def architecture(name: str) -> type[nn.Module]:

@@ -16,8 +16,9 @@ from nestnet.models.stack import stack
 from nestnet.space import Space
 from nestnet.subnet import Size, Subnet, derived, kept_ids
 
-STAGES = (1, 2, 3, 4)
-STRIDES = (1, 2, 2, 2)
+STAGES = 4
+# Fields of the variant for images of 32 x 32: neither a stride nor pooling before the stages, so 8 in all.
+SMALL_IMAGES = {"stem_stride": 1, "pool": False}
 
 
 class ResNet50D(nn.Module):
@@ -26,17 +27,22 @@ class ResNet50D(nn.Module):
   Depths, widths and the expansion of each block are the axes along which it nests. Widths and expansions
   are choices, in hundredths; `sizes` says how long the axes of the parameters are for them. `expand` may
   be a tuple with one choice a block. The first block of a stage has its stride and is always there.
+  `ResNet50D(10, **SMALL_IMAGES)` is the variant for images of 32 x 32.
 
   Attributes:
     classes: Number of classes; 0 for a backbone without a head.
     layers_0: 2 with the residual convolution of the stem, 1 without it.
-    layers_1: Number of blocks in the first stage; so for the others.
+    layers_1: Number of blocks in the first stage; so for the others. Fields of stages that `widths`
+      does not list are without effect.
     width_stem: Channels inside the stem, hundredths of `stem // 2`.
     width_0: Channels behind the stem, hundredths of `stem`.
     width_1: Channels of the first stage, hundredths of `widths[0]`; so for the others.
     expand_1: Hidden channels, hundredths of what the block writes.
     stem: Channels behind the stem, in full.
     widths: Channels of the stages, in full.
+    stem_stride: Stride of the first convolution.
+    pool: Whether the stem ends with a maximum over 3 x 3 positions, of stride 2.
+    strides: Of the first block of each stage.
     norm: `"batch"`, or `"group"`, which needs no calibration.
     group: Channels in a group: 1, 2, 4 or 8.
     zero_gamma: Whether residual branches start at 0: the scale of their last normalisation does.
@@ -66,6 +72,9 @@ class ResNet50D(nn.Module):
   expand_4: Size = 35
   stem: int = 64
   widths: tuple[int, ...] = (256, 512, 1024, 2048)
+  stem_stride: int = 2
+  pool: bool = True
+  strides: tuple[int, ...] = (1, 2, 2, 2)
   norm: str = "batch"
   group: int = 8
   zero_gamma: bool = False
@@ -79,14 +88,32 @@ class ResNet50D(nn.Module):
   tied = (("stem", "stem_sum"),)
 
   def __post_init__(self):
-    if len(self.widths) != len(STAGES):
-      raise UserError(f"ResNet50D: widths={self.widths}; allowed are {len(STAGES)}")
+    name = type(self).__name__
+    if not 1 <= len(self.widths) <= STAGES:
+      raise UserError(f"{name}: widths={self.widths}; allowed are 1 to {STAGES} stages")
+    if len(self.strides) != len(self.widths):
+      raise UserError(f"{name}: strides={self.strides} has {len(self.strides)} entries; widths has "
+                      f"{len(self.widths)}")
     if isinstance(self.layers_0, int) and self.layers_0 not in (1, 2):
-      raise UserError(f"ResNet50D: layers_0={self.layers_0}; allowed are 1 and 2")
+      raise UserError(f"{name}: layers_0={self.layers_0}; allowed are 1 and 2")
     if not 0 <= self.dropout < 1:
-      raise UserError(f"ResNet50D: dropout={self.dropout}; allowed is [0, 1)")
-    check_norm("ResNet50D", self.norm, self.group)
+      raise UserError(f"{name}: dropout={self.dropout}; allowed is [0, 1)")
+    check_norm(name, self.norm, self.group)
     super().__post_init__()
+
+  @property
+  def stages(self) -> range:
+    """The stages, counted from 1."""
+    return range(1, 1 + len(self.widths))
+
+  def choices(self) -> list[str]:
+    """The axes along which it nests."""
+    return [f"layers_{s}" for s in (0, *self.stages)] + self.multipliers() + [
+      f"expand_{s}" for s in self.stages]
+
+  def multipliers(self) -> list[str]:
+    """The axes of widths, from inside the stem on."""
+    return [f"width_{s}" for s in ("stem", 0, *self.stages)]
 
   def channels(self, stage: int) -> int:
     """The width of a stage; 0 is what the stem writes."""
@@ -113,14 +140,12 @@ class ResNet50D(nn.Module):
       >>> sizes["embed_1"], sizes["hidden_1"]
       (168, (32, 56))
     """
-    allowed = [f"layers_{s}" for s in (0, *STAGES)] + [f"width_{s}" for s in ("stem", 0, *STAGES)] + [
-      f"expand_{s}" for s in STAGES]
     for axis in subnet:
-      if axis not in allowed:
-        raise one_of("axis of ResNet50D", axis, allowed)
+      if axis not in self.choices():
+        raise one_of(f"axis of {type(self).__name__}", axis, self.choices())
     small = self.clone(**subnet)
     sizes: dict[str, Any] = {"stem": small.inside_stem(), "stem_sum": small.inside_stem()}
-    for s in (0, *STAGES):
+    for s in (0, *self.stages):
       ids = kept_ids(subnet.chosen.get(f"layers_{s}", getattr(self, f"layers_{s}")))
       if not ids or ids[0] != 0:
         raise UserError(f"sub-network {subnet}: layers_{s} leaves out layer 0, which has the stage's stride")
@@ -145,11 +170,11 @@ class ResNet50D(nn.Module):
     """
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
-    x = Stem(self.layers_0, self.inside_stem(), name="stem", **norm)(images, train)
+    x = Stem(self.layers_0, self.inside_stem(), self.stem_stride, name="stem", **norm)(images, train)
     x = ConvNorm("stem", "embed_0", self.channels(0), 3, 1, "relu", name="stem_out", **norm)(x, train)
-    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
     outputs = []
-    for s, stride in zip(STAGES, STRIDES):
+    for s, stride in zip(self.stages, self.strides):
       block = functools.partial(Bottleneck, s, width=self.channels(s), zero_gamma=self.zero_gamma, **norm)
       x, tap = stack(
         functools.partial(block, reads=f"embed_{s}"), x, layers=getattr(self, f"layers_{s}"),
@@ -160,8 +185,8 @@ class ResNet50D(nn.Module):
     result = {"features": x.mean((1, 2))}
     if self.classes:
       features = nn.Dropout(self.dropout, deterministic=not train)(result["features"])
-      result["logits"] = Linear(f"embed_{STAGES[-1]} -> classes", (self.classes,), name="classifier",
-                                **dtypes)(features)
+      result["logits"] = Linear(f"embed_{self.stages[-1]} -> classes", (self.classes,),
+                                name="classifier", **dtypes)(features)
     return result | ({"taps": tuple(outputs)} if taps else {})
 
 
@@ -170,6 +195,7 @@ class Stem(nn.Module):
 
   layers: int
   inside: int
+  stride: int = 2
   norm: str = "batch"
   group: int = 8
   epsilon: float = 1e-5
@@ -178,10 +204,11 @@ class Stem(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    """Maps `[batch, rows, columns, channels]` to `[batch, rows / 2, columns / 2, inside]`."""
+    """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, inside]`."""
     norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, dtype=self.dtype,
                 param_dtype=self.param_dtype)
-    x = ConvNorm("channels", "stem", self.inside, 3, 2, "relu", name="layers_0_0", **norm)(x, train)
+    x = ConvNorm("channels", "stem", self.inside, 3, self.stride, "relu", name="layers_0_0", **norm)(
+      x, train)
     if self.layers == 2:
       # A name stands once in an array, so the sum of the residual branch has one of its own.
       x = x + ConvNorm("stem", "stem_sum", self.inside, 3, 1, "relu", name="layers_0_1", **norm)(x, train)
@@ -234,7 +261,8 @@ class Bottleneck(nn.Module):
     return nn.relu(x + y)
 
 
-def space(model: ResNet50D, shallower=(2, 1, 0), expand=(20, 25, 35), width=(65, 80, 100)) -> Space:
+def space(model: ResNet50D, shallower=(2, 1, 0), expand=(20, 25, 35), width=(65, 80, 100),
+          tie: str = "block") -> Space:
   """The family of a network: depth, width and stem, and the expansion of each block.
 
   Args:
@@ -242,14 +270,25 @@ def space(model: ResNet50D, shallower=(2, 1, 0), expand=(20, 25, 35), width=(65,
     shallower: How many blocks a stage may have fewer than in the model.
     expand: Expansions, in hundredths.
     width: Widths, in hundredths.
+    tie: `"block"`: widths are free in every stage (Once-for-All); `"width"`: one of them goes for the whole
+      network, so that few enough combinations are left for one program.
+
+  Raises:
+    ValueError: An unknown way to tie.
 
   Example:
     >>> space(ResNet50D(1000)).size == 2 * 3 ** 6 * (3**2 + 3**3 + 3**4) ** 3 * (3**4 + 3**5 + 3**6)
     True
+    >>> space(ResNet50D(1000)).size // space(ResNet50D(1000), tie="width").size == 3 ** 5
+    True
   """
+  if tie not in ("block", "width"):
+    raise one_of("way to tie a space", tie, ("block", "width"))
+  widths = model.multipliers()
   choices: dict[str, tuple[int, ...]] = {"layers_0": (1, 2)}
-  for s in STAGES:
+  for s in model.stages:
     choices[f"layers_{s}"] = tuple(getattr(model, f"layers_{s}") - n for n in shallower)
-  choices |= {f"width_{s}": tuple(width) for s in ("stem", 0, *STAGES)}
-  choices |= {f"expand_{s}": tuple(expand) for s in STAGES}
-  return Space(**choices, per_layer=[f"expand_{s}" for s in STAGES])
+  choices |= {axis: tuple(width) for axis in widths} if tie == "block" else {}
+  couple = {" ".join(widths): [(size,) * len(widths) for size in width]} if tie == "width" else {}
+  expansions = {f"expand_{s}": tuple(expand) for s in model.stages}
+  return Space(**choices, **expansions, couple=couple, per_layer=tuple(expansions))

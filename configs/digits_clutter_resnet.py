@@ -1,0 +1,45 @@
+"""A nested ResNet-D on cluttered digits, 12 x 12 pixels: Once-for-All's choices at a small size.
+
+    python -m experiments.train --config=configs/digits_clutter_resnet.py --workdir=runs/digits_clutter_resnet
+
+Depth in each of three stages, expansion in each block, and one width for the whole network:
+2 (2 + 4 + 8)^3 = 5,488 members, which train as data to one program of two branches, one for each width.
+Another method trains with its name as the argument: `configs/digits_clutter_resnet.py:ofa`.
+"""
+
+import ml_collections
+
+from nestnet import recipes
+
+STAGES = (1, 2, 3)
+CHOICES = dict(layers=(1, 2, 3), expand=(50, 100))
+WIDTHS = tuple(f"width_{s}" for s in ("stem", 0, *STAGES))
+
+
+def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = dict(name="SmallResNet")
+  config.space = {f"{axis}_{s}": sizes for axis, sizes in CHOICES.items() for s in STAGES}
+  # Free in every block.
+  config.space.per_layer = tuple(f"expand_{s}" for s in STAGES)
+  # One for all stages: what stands outside of the layers is a branch for each combination.
+  config.space.couple = {" ".join(WIDTHS): tuple((width,) * len(WIDTHS) for width in (50, 100))}
+  # What the table shows of the space.
+  config.space.pool = tuple(
+    ",".join([*(f"layers_{s}={d},expand_{s}={e}" for s in STAGES), *(f"{axis}={w}" for axis in WIDTHS)])
+    for d, e, w in ((1, 50, 50), (3, 100, 50), (2, 50, 100), (3, 100, 100)))
+  config.recipe = recipes.recipe(method)
+  if "whole" in config.recipe["sampler"]:
+    config.recipe["sampler"]["whole"] = True
+  if several := recipes.phases(method, config.space):
+    config.phases = several
+  config.data = dict(name="digits_clutter", data_dir="", augment="none")
+  config.optim = dict(name="sgd", learning_rate=0.1, schedule="cosine", warmup_steps=50,
+                      weight_decay=1e-4, clip_norm=1.0, momentum=0.9)
+  # Global batch, in images; the last step is always saved.
+  config.train = dict(steps=2000, batch_size=128, checkpoint_every=500, log_every=10, eval_every=0,
+                      execution="auto", per_shard_subnets=False, accumulate=1)
+  # Devices; -1 takes all that are there.
+  config.mesh = dict(data=1, fsdp=1, model=1)
+  return config
