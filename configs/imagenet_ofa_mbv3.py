@@ -19,14 +19,18 @@ STAGES = range(1, 6)
 # Epochs of 1,281,167 images; those of AttentiveNAS are BigNAS's and AlphaNet's too.
 EPOCHS = {"ofa": 605, "compofa": 330, "deps": 270}
 BATCH = {"bignas": 4096}
+# What regularises the largest network, and where residual branches start: at zero in these papers.
+_ATTENTIVE = dict(dropout=0.2, drop_path=0.2, zero_gamma=True)
+MODEL = {"bignas": _ATTENTIVE | dict(drop_path_stages=6), "attentive_nas": _ATTENTIVE,
+         "attentive_nas_worst_up": _ATTENTIVE, "alphanet": _ATTENTIVE}
 
 
 def get_config(method: str = "ofa") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   # Parameters and their sums stay float32; the blocks compute in bfloat16.
-  config.model = dict(name="MobileNetV3", width=1.2, dropout=0.1, transforms=method == "ofa",
-                      dtype="bfloat16")
+  config.model = dict(name="MobileNetV3", width=1.2, transforms=method == "ofa", dtype="bfloat16",
+                      **MODEL.get(method, dict(dropout=0.1)))
   config.space = {f"{axis}_{s}": sizes for axis, sizes in dict(
     layers=(2, 3, 4), expand=(3, 4, 6), kernel=(3, 5, 7)).items() for s in STAGES}
   config.space.per_layer = tuple(f"{axis}_{s}" for axis in ("expand", "kernel") for s in STAGES)

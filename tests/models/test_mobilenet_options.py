@@ -171,6 +171,24 @@ def test_drop_path_leaves_the_residual_stream():
   assert 16 < dropped.sum() < 48
   # The stored rate, not that of the call.
   np.testing.assert_allclose(added[~dropped], kept[~dropped] / 0.5, rtol=1e-4, atol=1e-5)
+  # In evaluation none is dropped, and no random number is asked for.
+  assert np.asarray(kept).any((1, 2, 3)).all()
+  still = jax.jit(lambda x: block.apply(variables, x, rate(0.1), train=False))(x)
+  np.testing.assert_allclose(still - x, kept, rtol=1e-5, atol=1e-5)
+
+
+def test_the_configs_of_a_paper_regularise_as_it_does():
+  """Drop path in all stages in BigNAS, in the last two in AttentiveNAS and AlphaNet; none in OFA."""
+  def rates(method):
+    config = cli.load_config(f"{ROOT / 'configs' / 'imagenet_ofa_mbv3.py'}:{method}")
+    fields = config.model.to_dict() | {"dtype": jnp.bfloat16}
+    model = architecture(fields.pop("name"))(10, **fields)
+    regularised = config.recipe.sampler.to_dict().get("regularise")
+    return model.dropout, [bool(model.rates(s)) for s in model.stages], model.zero_gamma, regularised
+  assert rates("ofa") == (0.1, [False] * 5, False, None)
+  assert rates("bignas") == (0.2, [True] * 5, True, "largest")
+  for method in ("attentive_nas", "attentive_nas_worst_up", "alphanet"):
+    assert rates(method) == (0.2, [False] * 3 + [True] * 2, True, "largest")
 
 
 # Norms.
@@ -217,7 +235,6 @@ def test_the_way_of_a_device_does_not_change_the_flops():
 @pytest.mark.parametrize("make, message", [
   (lambda: WIDE.clone(norm="layer"), "unknown norm of MobileNet 'layer'"),
   (lambda: WIDE.clone(group=16), "group=16; allowed are 1, 2, 4 and 8"),
-  (lambda: RESNET.clone(group=3), "ResNet50D: group=3; allowed are 1, 2, 4 and 8"),
   (lambda: SmallMobileNet(10, head_0=8), "its channels are features"),
   (lambda: WIDE.clone(drop_path=1.0), r"drop_path=1.0; allowed is \[0, 1\)"),
   (lambda: c.GroupNorm("hidden", 4).init(jax.random.key(0), jnp.ones((1, 2, 2, 6)), False),
