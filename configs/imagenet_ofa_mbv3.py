@@ -31,8 +31,9 @@ def get_config(method: str = "ofa") -> ml_collections.ConfigDict:
   # Parameters and their sums stay float32; the blocks compute in bfloat16.
   config.model = dict(name="MobileNetV3", width=1.2, transforms=method == "ofa", dtype="bfloat16",
                       **MODEL.get(method, dict(dropout=0.1)))
-  config.space = {f"{axis}_{s}": sizes for axis, sizes in dict(
-    layers=(2, 3, 4), expand=(3, 4, 6), kernel=(3, 5, 7)).items() for s in STAGES}
+  # Kernels of DepS are not elastic.
+  choices = dict(layers=(2, 3, 4), expand=(3, 4, 6), kernel=(7,) if method == "deps" else (3, 5, 7))
+  config.space = {f"{axis}_{s}": sizes for axis, sizes in choices.items() for s in STAGES}
   config.space.per_layer = tuple(f"{axis}_{s}" for axis in ("expand", "kernel") for s in STAGES)
   if method == "compofa":
     # Depth and expansion of a stage go together; kernels are not elastic.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nestnet.choices import column, joint_rows, partial, plain, weighted
 from nestnet.errors import UserError, one_of
 from nestnet.subnet import Size, Subnet, depth_of, is_depth, kept_count, kept_ids, reach
 
@@ -41,18 +42,17 @@ class Space:
   """
 
   def __init__(self, *, couple: Mapping[str, Sequence] | None = None, per_layer: Iterable[str] = (),
-               groups: Mapping[str, int] | None = None,
-               constraint: Callable[[Subnet], bool] | None = None,
+               groups: Mapping[str, int] | None = None, constraint: Callable[[Subnet], bool] | None = None,
                pool: Iterable[Subnet | str] = (), **choices: Any):
-    """Raises `ValueError` for an axis that is chosen twice or has no choices, a size that is no
-    whole number, or does not divide into its groups, and a pool outside the space."""
+    """Raises `ValueError` for an axis that is chosen twice or has no choices, a size that is no whole
+    number, or does not divide into its groups, and a pool outside the space."""
     self.groups = dict(groups or {})
     self.per_layer = tuple(per_layer)
     self.constraint = constraint
-    free = {axis: _column(axis, choices.pop(axis, None)) for axis in self.per_layer}
-    rows = {(axis,): tuple((v,) for v in _column(axis, values)) for axis, values in choices.items()}
+    free = {axis: column(axis, choices.pop(axis, None)) for axis in self.per_layer}
+    rows = {(axis,): tuple((v,) for v in column(axis, values)) for axis, values in choices.items()}
     for names, values in (couple or {}).items():
-      rows[tuple(names.split())] = _rows(names, values)
+      rows[tuple(names.split())] = joint_rows(names, values)
     self._free = free
     self._factors = rows
     self.axes = tuple(itertools.chain(*rows, free))
@@ -152,7 +152,7 @@ class Space:
   def _extreme(self, pick) -> Subnet:
     sizes: dict[str, Size] = {}
     for names, rows in self._factors.items():
-      sizes |= dict(zip(names, pick(rows, key=lambda row: volume(_partial(zip(names, row))))))
+      sizes |= dict(zip(names, pick(rows, key=lambda row: volume(partial(zip(names, row))))))
     member = self._subnet(sizes | {axis: pick(values) for axis, values in self._free.items()})
     if not self.constraint or self.constraint(member):
       return member
@@ -175,8 +175,7 @@ class Space:
                       "are allowed); sample it")
     return sorted(self._members(), key=lambda s: (cost(s), str(s)))
 
-  def sample(self, key: Any, by: str = "choices",
-             cost: Callable[[Subnet], float] | None = None) -> Subnet:
+  def sample(self, key: Any, by: str = "choices", cost: Callable[[Subnet], float] | None = None) -> Subnet:
     """One random member, a pure function of `key`; of the pool, where there is one.
 
     Args:
@@ -207,7 +206,7 @@ class Space:
   def _draw(self, rng, by) -> Subnet:
     sizes: dict[str, Size] = {}
     for names, rows in self._factors.items():
-      index = rng.integers(len(rows)) if by == "choices" else _weighted(
+      index = rng.integers(len(rows)) if by == "choices" else weighted(
         rng, [self._completions(names, row) for row in rows])
       sizes |= dict(zip(names, rows[index]))
     for axis, values in self._free.items():
@@ -248,7 +247,7 @@ class Space:
       (('layers', 2), ('mlp', 3), ('mlp', 3))
     """
     coupled = ((" ".join(names), len(rows)) for names, rows in self._factors.items())
-    free = ((axis, len(values)) for axis, values in self._free.items() for _ in range(self._slots(axis)))
+    free = ((axis, len(values)) for axis, values in self._free.items() for _ in range(self._lengths[axis]))
     return (*coupled, *free)
 
   def encode(self, subnet: Subnet) -> tuple[int, ...]:
@@ -270,7 +269,7 @@ class Space:
       ids = kept_ids(subnet.chosen[depth_of(axis)])
       sizes = subnet.chosen[axis]
       sizes = sizes if isinstance(sizes, tuple) else (sizes,) * len(ids)
-      slots = [0] * self._slots(axis)
+      slots = [0] * self._lengths[axis]
       for i, size in zip(ids, sizes):
         if size not in values:
           raise self._outside(subnet, (axis,), (size,), [(v,) for v in values])
@@ -283,7 +282,7 @@ class Space:
   def decode(self, genes: Sequence[int]) -> Subnet:
     """The member with these genes; `encode(decode(genes)) == genes` for canonical genes."""
     genes = [int(g) for g in genes]
-    expected = len(self._factors) + sum(self._slots(axis) for axis in self._free)
+    expected = len(self._factors) + sum(self._lengths[axis] for axis in self._free)
     if len(genes) != expected:
       raise UserError(f"genes: got {len(genes)}, the space has {expected}")
     sizes: dict[str, Size] = {}
@@ -293,8 +292,8 @@ class Space:
       sizes |= dict(zip(names, rows[gene - 1]))
     start = len(self._factors)
     for axis, values in self._free.items():
-      slots = genes[start:start + self._slots(axis)]
-      start += self._slots(axis)
+      slots = genes[start:start + self._lengths[axis]]
+      start += self._lengths[axis]
       kept = [slots[i] for i in kept_ids(sizes[depth_of(axis)])]
       if not all(1 <= g <= len(values) for g in kept):
         raise UserError(f"genes of {axis}: got {kept}, allowed 1 to {len(values)}")
@@ -325,7 +324,7 @@ class Space:
         self._fits(axis, size, row[names.index(axis)]) for axis, size in wanted.items())]
       if not fitting:
         raise self._outside(given, names, tuple(wanted.get(a, "any") for a in names), rows)
-      sizes |= dict(zip(names, max(fitting, key=lambda r: volume(_partial(zip(names, r))))))
+      sizes |= dict(zip(names, max(fitting, key=lambda r: volume(partial(zip(names, r))))))
     sizes |= {axis: max(values) for axis, values in self._free.items()}
     for axis, value in given.chosen.items():
       if axis in self._free and not all(
@@ -352,18 +351,17 @@ class Space:
       raise UserError(f"sub-network {subnet} lacks {', '.join(missing)}")
 
   def _outside(self, subnet, names, row, rows) -> UserError:
-    got = ", ".join(f"{a}={_plain(v)}" for a, v in zip(names, row))
-    allowed = ", ".join(str(_plain(r[0]) if len(r) == 1 else tuple(map(_plain, r))) for r in rows)
+    got = ", ".join(f"{a}={plain(v)}" for a, v in zip(names, row))
+    allowed = ", ".join(str(plain(r[0]) if len(r) == 1 else tuple(map(plain, r))) for r in rows)
     return UserError(f"sub-network {subnet}: {got} is outside the space; "
                      f"allowed for {' '.join(names)}: {allowed}")
 
   def to_json(self) -> dict[str, Any]:
     """A JSON form, read back by `Space(**json)`; a constraint has none."""
-    plain = {names[0]: [row[0] for row in rows] for names, rows in self._factors.items()
-             if len(names) == 1}
+    single = {names[0]: [row[0] for row in rows] for names, rows in self._factors.items() if len(names) == 1}
     joint = {" ".join(names): [list(row) for row in rows]
              for names, rows in self._factors.items() if len(names) > 1}
-    return plain | {axis: list(values) for axis, values in self._free.items()} | {
+    return single | {axis: list(values) for axis, values in self._free.items()} | {
       key: value for key, value in {
         "couple": joint, "per_layer": list(self.per_layer), "groups": self.groups,
         "pool": [str(member) for member in self.pool]}.items() if value}
@@ -383,15 +381,11 @@ class Space:
 
   def _completions(self, names, row) -> int:
     """Members that extend one row of a factor along the per-layer axes of its depths."""
-    return math.prod(
-      len(values) ** kept_count(row[names.index(depth_of(axis))])
-      for axis, values in self._free.items() if depth_of(axis) in names)
+    return math.prod(len(values) ** kept_count(row[names.index(depth_of(axis))])
+                     for axis, values in self._free.items() if depth_of(axis) in names)
 
   def _full(self, depth: str) -> int:
     return max(reach(depth, c) for c in self.choices(depth))
-
-  def _slots(self, axis: str) -> int:
-    return self._lengths[axis]
 
   @functools.cached_property
   def _lengths(self) -> dict[str, int]:
@@ -403,69 +397,3 @@ def volume(subnet: Subnet) -> float:
   return math.prod(
     subnet[axis] if is_depth(axis) else float(np.mean(value))
     for axis, value in subnet.chosen.items())
-
-
-def spaced(layers: int, counts: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-  """Evenly spaced layer ids for each count, the first and the last always kept (POA, eq. 4).
-
-  Example:
-    >>> spaced(6, (2, 4))
-    ((0, 5), (0, 1, 3, 5))
-  """
-  return tuple(tuple(int(i) for i in np.linspace(0, layers - 1, n).astype(int)) for n in counts)
-
-
-def least_slope(layers: int, sizes: Sequence[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-  """Rows for `couple={"layers mlp": ...}`: widths that never fall with depth and mix only two
-  neighbouring sizes, the Mix'n'Match rule (MatFormer, section 3.3).
-
-  Example:
-    >>> least_slope(2, (8, 16))
-    ((2, (8, 8)), (2, (8, 16)), (2, (16, 16)))
-  """
-  sizes = sorted(sizes)
-  mixed = [(low,) * (layers - n) + (high,) * n
-           for low, high in zip(sizes, sizes[1:]) for n in range(layers)]
-  return tuple((layers, widths) for widths in (*mixed, (sizes[-1],) * layers))
-
-
-def _column(axis: str, values: Any) -> tuple[Size, ...]:
-  if values is None or isinstance(values, (int, str)) or not len(values):
-    raise UserError(f"space: {axis}={values!r}; a list of at least one size is allowed")
-  column = tuple(Subnet(**{axis: v}).chosen[axis] for v in values)
-  if len(set(column)) != len(column):
-    raise UserError(f"space: {axis} lists a size twice: {list(map(_plain, column))}")
-  return column
-
-
-def _rows(names: str, values: Any) -> tuple[tuple[Size, ...], ...]:
-  axes = names.split()
-  if not values or any(len(row) != len(axes) for row in values):
-    raise UserError(
-      f"space: coupled choices of {names!r} must be rows of {len(axes)} sizes, got {values}")
-  rows = tuple(tuple(_partial(zip(axes, row)).chosen[a] for a in axes) for row in values)
-  if len(set(rows)) != len(rows):
-    raise UserError(f"space: coupled choices of {names!r} repeat a row")
-  return rows
-
-
-def _partial(items: Iterable[tuple[str, Size]]) -> Subnet:
-  return Subnet(**dict(items))
-
-
-def _weighted(rng: np.random.Generator, weights: Sequence[int]) -> int:
-  """An index with probability in proportion to whole weights of any magnitude."""
-  total = sum(weights)
-  if total < 2 ** 62:
-    draw = int(rng.integers(total))
-  else:
-    draw = int.from_bytes(rng.bytes((total.bit_length() + 64) // 8 + 1), "big") % total
-  for index, weight in enumerate(weights):
-    draw -= weight
-    if draw < 0:
-      return index
-  raise AssertionError("weights are positive")
-
-
-def _plain(size: Any) -> Any:
-  return list(size) if isinstance(size, tuple) else size

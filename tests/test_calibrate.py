@@ -40,7 +40,7 @@ class Net(nn.Module):
 '''
 CONFIG = {
   "seed": 0, "model": {"name": "calibrate_model:Net", "stem": 8, "hidden": 8},
-  "space": {"stem": (4, 8), "hidden": (4, 8)},
+  "space": {"couple": {"stem hidden": ((4, 4), (8, 8))}},
   "recipe": {"name": "joint", "sampler": {"name": "joint"}, "objective": {"name": "classification"}},
   "data": {"name": "digits", "data_dir": "", "augment": "digits"},
   "optim": {"name": "sgd", "learning_rate": 0.1},
@@ -174,7 +174,7 @@ def test_members_are_evaluated_with_statistics_of_training_images(workdir):
 
 
 def test_an_extracted_network_brings_its_statistics(workdir, tmp_path):
-  row, difference = extraction.extract_run(workdir, tmp_path / "small", "stem=4,hidden=8")
+  row, difference = extraction.extract_run(workdir, tmp_path / "small", "stem=4")
   run, _, state = runs.opened(workdir)
   module, own = load(tmp_path / "small", type(run.supernet.model))
   images = evaluation.calibration(run, run.supernet)

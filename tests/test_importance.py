@@ -37,7 +37,6 @@ FAMILIES = {
   "resnet": (RESNET, resnet50d.space(RESNET, (0,))),
   "vit": (VIT, Space(layers=(1, 2), embed=(12, 16), heads=(2, 4), mlp=(4, 8, 16), features=(4, 12),
                      per_layer=("mlp",), groups={"mlp": 2}))}
-MOST = [pytest.param(n, marks=() if n == "mobilenet" else pytest.mark.slow) for n in FAMILIES]
 
 
 @functools.cache
@@ -52,6 +51,7 @@ def params(name):
   return jax.tree.map(draw, family(name).shapes["params"])
 
 
+@functools.cache
 def make(name, which="largest", **fields):
   net = family(name)
   recipe = Recipe(sampler(which, net.space), objective("classification"), teacher="ema", ema=0.5, **fields)
@@ -70,10 +70,14 @@ def close(a, b, tolerance=1e-5):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
-def logits(name, tree, subnet):
+@functools.cache
+def network(name, subnet):
   net = family(name)
-  variables = net.cut({"params": tree}, subnet)
-  return np.asarray(jax.jit(net.module(subnet).apply)(variables, Data()[9]["image"])["logits"])
+  return jax.jit(lambda tree, x: net.module(subnet).apply(net.cut({"params": tree}, subnet), x)["logits"])
+
+
+def logits(name, tree, subnet):
+  return np.asarray(network(name, subnet)(tree, Data()[9]["image"]))
 
 
 def test_units_stay_between_sizes_and_are_dealt_to_groups():
@@ -107,10 +111,11 @@ def test_activations_are_those_that_kernels_see():
   state = step.init()
   seen = _activations(step, state, Data(), 2)
   found = scores(step.axes, state.trained, "mlp", "activation", 2, seen)
+  run = jax.jit(lambda x: VIT.apply({"params": state.trained["model"], **state.fixed}, x,
+                                    capture_intermediates=True, mutable=["intermediates"])[1])
   taps = []
   for batch in (Data()[0], Data()[1]):
-    _, kept = VIT.apply({"params": state.trained["model"], **state.fixed}, batch["image"],
-                        capture_intermediates=True, mutable=["intermediates"])
+    kept = run(batch["image"])
     hidden = kept["intermediates"]["blocks"]["mlp"]["up"]["__call__"][0]
     taps.append(np.abs(nn.gelu(hidden)).mean((1, 2)))
   close(found, [(taps[0][i] + taps[1][i]) / 2 for i in range(2)])
@@ -118,7 +123,7 @@ def test_activations_are_those_that_kernels_see():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_and_an_order_commute(name):
   """All axes that can be sorted, each layer by itself; weights, momentum and average alike."""
   step = make(name)

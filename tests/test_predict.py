@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nestnet import Space, Subnet, errors, predict
-from nestnet.space import spaced
+from nestnet.choices import spaced
 
 SPACE = Space(layers=(1, 2, 3), couple={"embed heads": ((8, 1), (8, 2), (16, 2))}, mlp=(8, 16, 32),
               kernel=(3, 5), per_layer=("mlp", "kernel"))

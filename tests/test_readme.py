@@ -57,6 +57,7 @@ def run(folder, *command):
                         capture_output=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_own_model_and_data_train_and_extract(own):
   trained = run(own, "experiments.train", "--config=my_config.py", "--workdir=runs/mine",
                 "--config.train.steps=60")

@@ -136,14 +136,12 @@ def uninterrupted(folder):
 
 
 def test_kills_and_sigterm_at_moments_that_matter(folder, uninterrupted):
-  """At a random step, by SIGTERM, during a save, and at the phase change: one run through all."""
+  """By SIGTERM at a random step, during a save, and at the phase change: one run through all."""
   workdir, log = folder / "killed", folder / "killed.log"
-  chosen = random.Random(os.getpid()).randint(1, 25)
-  assert stop_when(launch(folder, workdir), lambda: reached(workdir) >= chosen) == -signal.SIGKILL
-
-  assert stop_when(launch(folder, workdir), lambda: reached(workdir) > 33, signal.SIGTERM) == 0
+  chosen = random.Random(os.getpid()).randint(1, 40)
+  assert stop_when(launch(folder, workdir), lambda: reached(workdir) >= chosen, signal.SIGTERM) == 0
   _, step, _ = runs.opened(workdir)
-  assert 33 < reached(workdir) == step < STEPS
+  assert chosen <= reached(workdir) == step < STEPS
   assert f"goes on from the checkpoint in {workdir}" in log.read_text()
 
   stop_when(launch(folder, workdir), lambda: reached(workdir) > 50 and saving(workdir))

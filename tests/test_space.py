@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from nestnet import Space, Subnet
-from nestnet.space import least_slope, spaced, volume
+from nestnet.choices import least_slope, spaced
+from nestnet.space import volume
 
 plain = Space(layers=(1, 2, 4), embed=(8, 16), mlp=(8, 16, 32))
 coupled = Space(couple={"layers embed": ((1, 8), (2, 8), (2, 16))}, mlp=(4, 8))

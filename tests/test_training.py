@@ -134,7 +134,7 @@ def test_moments_begin_anew_only_where_asked(tmp_path, fresh):
                jax.device_get(alone.opt_state))
 
 
-@pytest.mark.parametrize("stop", [4, 6])
+@pytest.mark.parametrize("stop", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_resume_around_a_phase_change_is_exact(tmp_path, stop):
   """Killed exactly at the end of the first phase, and in the second; units are sorted by what data say."""
   def double(state, border):

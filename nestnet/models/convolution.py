@@ -275,7 +275,37 @@ def check_norm(name: str, norm: str, group: int) -> None:
     raise UserError(f"{name}: group={group}; allowed are 1, 2, 4 and 8, since widths are multiples of 8")
 
 
-class ConvNorm(nn.Module):
+class Normed(nn.Module, kw_only=True):
+  """A part of a network whose convolutions are normalised; what is inside gets its options as `**normed`.
+
+  They are given by name. A class that changes a default of these must be `kw_only` too.
+
+  Attributes:
+    norm: `"batch"`, or `"group"`, which needs no calibration.
+    group: Channels in a group: 1, 2, 4 or 8.
+    epsilon: Of the normalisation.
+    dtype: Of the computation.
+    param_dtype: Of the stored parameters.
+  """
+
+  norm: str = "batch"
+  group: int = 8
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @property
+  def typed(self) -> dict[str, Any]:
+    """The options that layers without a normalisation have too."""
+    return dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+  @property
+  def normed(self) -> dict[str, Any]:
+    """All of them."""
+    return dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **self.typed)
+
+
+class ConvNorm(Normed):
   """A convolution, a normalisation and an activation.
 
   Attributes:
@@ -285,14 +315,9 @@ class ConvNorm(nn.Module):
     kernel: Odd side of the kernel.
     stride: Of both directions.
     act: Name of the activation.
-    epsilon: Of the normalisation.
-    norm: `"batch"` or `"group"`.
-    group: Channels in a group of the latter.
     zero: Whether the scale of the normalisation starts at 0.
     choice: As in `Convolution`.
     transforms: As in `Convolution`.
-    dtype: Of the computation.
-    param_dtype: Of the stored parameters.
   """
 
   reads: str | None
@@ -301,22 +326,16 @@ class ConvNorm(nn.Module):
   kernel: int = 1
   stride: int = 1
   act: str = "none"
-  epsilon: float = 1e-5
-  norm: str = "batch"
-  group: int = 8
   zero: bool = False
   choice: str | None = None
   transforms: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, train: bool):
     """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, features]`."""
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     x = Convolution(self.reads, self.writes, self.features, self.kernel, self.stride, self.choice,
-                    self.transforms, name="conv", **dtypes)(x)
-    options = dict(epsilon=self.epsilon, zero=self.zero, name="norm", **dtypes)
+                    self.transforms, name="conv", **self.typed)(x)
+    options = dict(epsilon=self.epsilon, zero=self.zero, name="norm", **self.typed)
     norm = (BatchNorm(self.writes, **options) if self.norm == "batch" else
             GroupNorm(self.writes, self.group, **options))
     return activation(self.act)(norm(x, train))

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.errors import UserError, one_of
-from nestnet.models.convolution import (
-  ConvNorm, Convolution, SqueezeExcite, activation, average, check_norm, divisible)
-from nestnet.models.layers import Linear, residual
+from nestnet.models.convolution import ConvNorm, Convolution, activation, check_norm, divisible
+from nestnet.models.inverted_residual import InvertedResidual, squeezed
+from nestnet.models.layers import Linear
 from nestnet.models.stack import stack
 from nestnet.space import Space
 from nestnet.subnet import Size, Subnet, derived, kept_ids
@@ -253,19 +253,19 @@ class MobileNet(nn.Module):
       `logits` `[batch, classes]`, `features` `[batch, head[-1]]`, and with `taps` the blocks' outputs, for
       each stage `[layers, batch, rows, columns, channels]`.
     """
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
+    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    normed = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **typed)
     x = ConvNorm("channels", "stem", divisible(self.stem * self.width), 3, self.stem_stride,
-                 self.stem_activation, name="stem", **norm)(images, train)
-    norm |= dict(shortcut=self.shortcuts, zero_gamma=self.zero_gamma)
+                 self.stem_activation, name="stem", **normed)(images, train)
+    options = dict(shortcut=self.shortcuts, zero_gamma=self.zero_gamma, **normed)
     if self.layers_0 is None:
       x = InvertedResidual(0, "stem", self.channels(0), stride=self.strides[0], squeeze=self.squeeze[0],
-                           act=self.activations[0], name="fixed", **norm)(x, {}, train=train)
+                           act=self.activations[0], name="fixed", **options)(x, {}, train=train)
     outputs = []
     for s in self.stages:
       block = functools.partial(
         InvertedResidual, s, width=self.channels(s), squeeze=self.squeeze[s], act=self.activations[s],
-        choice=f"kernel_{s}", transforms=self.transforms, **norm)
+        choice=f"kernel_{s}", transforms=self.transforms, **options)
       sizes = ({"hidden": self.hidden(s)} if s else {}) | {"kernel": getattr(self, f"kernel_{s}")}
       rates = self.rates(s)
       x, tap = stack(
@@ -277,86 +277,17 @@ class MobileNet(nn.Module):
       outputs.append(tap)
 
     reads = f"embed_{self.stages[-1]}"
-    norm = {option: norm[option] for option in ("norm", "group", "epsilon", *dtypes)}
     (name, size), *projections = self.heads().items()
-    x = ConvNorm(reads, name, size, act=self.head_activation, name="head_0", **norm)(x, train)
+    x = ConvNorm(reads, name, size, act=self.head_activation, name="head_0", **normed)(x, train)
     x = x.mean((1, 2), keepdims=True)
     for i, (writes, size) in enumerate(projections, 1):
-      x = Convolution(name, writes, size, name=f"head_{i}", **dtypes)(x)
+      x = Convolution(name, writes, size, name=f"head_{i}", **typed)(x)
       x, name = activation(self.head_activation)(x), writes
     result = {"features": x[:, 0, 0]}
     if self.classes:
       features = nn.Dropout(self.dropout, deterministic=not train)(result["features"])
-      result["logits"] = Linear("features -> classes", (self.classes,), name="classifier", **dtypes)(features)
+      result["logits"] = Linear("features -> classes", (self.classes,), name="classifier", **typed)(features)
     return result | ({"taps": tuple(outputs)} if taps else {})
-
-
-def squeezed(hidden: int) -> int:
-  """The hidden units of squeeze-excite on so many channels."""
-  return divisible(hidden // 4)
-
-
-class InvertedResidual(nn.Module):
-  """Expansion, depthwise convolution, squeeze-excite and projection, on a residual branch where it fits.
-
-  Attributes:
-    stage: Its stage, in the names of its axes.
-    reads: Axis of the channels that it reads.
-    width: Channels that it writes.
-    hidden: Channels between; None: those that it reads, not expanded.
-    kernel: Side of the depthwise kernel.
-    stride: Of the depthwise convolution.
-    squeeze: Whether there is squeeze-excite.
-    act: Name of the activation.
-    choice: Axis by which the kernel's size is chosen, None: it is fixed.
-    transforms: As in `Convolution`.
-    shortcut: Whether what it reads is averaged over the stride and projected, to be added.
-    zero_gamma: Whether the residual branch starts at 0.
-    norm: As in `ConvNorm`.
-    group: As in `ConvNorm`.
-    epsilon: Of the normalisation.
-    dtype: Of the computation.
-    param_dtype: Of the stored parameters.
-  """
-
-  stage: int
-  reads: str
-  width: int
-  hidden: int | None = None
-  kernel: int = 3
-  stride: int = 1
-  squeeze: bool = False
-  act: str = "relu"
-  choice: str | None = None
-  transforms: bool = False
-  shortcut: bool = False
-  zero_gamma: bool = False
-  norm: str = "batch"
-  group: int = 8
-  epsilon: float = 1e-5
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x, constants, *, train):
-    """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, width]`."""
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
-    y, s, writes = x, self.stage, f"embed_{self.stage}"
-    # A name stands once in an array: what a projection to `writes` reads has another one.
-    hidden = f"hidden_{s}" if self.hidden else f"carried_{s}" if self.reads == writes else self.reads
-    residual_branch = self.shortcut or self.stride == 1 and x.shape[-1] == self.width
-    if self.hidden:
-      y = ConvNorm(self.reads, hidden, self.hidden, act=self.act, name="expand", **norm)(y, train)
-    y = ConvNorm(None, hidden, y.shape[-1], self.kernel, self.stride, self.act, choice=self.choice,
-                 transforms=self.transforms, name="depthwise", **norm)(y, train)
-    if self.squeeze:
-      y = SqueezeExcite(hidden, f"squeeze_{s}", squeezed(y.shape[-1]), name="squeeze", **dtypes)(y)
-    y = ConvNorm(hidden, writes, self.width, zero=self.zero_gamma and residual_branch, name="project",
-                 **norm)(y, train)
-    if self.shortcut:
-      x = Convolution(self.reads, writes, self.width, name="shortcut", **dtypes)(average(x, self.stride))
-    return x + residual(self, y, constants, 0.0, train) if residual_branch else y
 
 
 def space(model: MobileNet, layers=(2, 3, 4), expand=(3, 4, 6), kernel=(3, 5, 7), tie: str = "block",

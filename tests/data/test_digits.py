@@ -78,6 +78,8 @@ def test_clutter_uses_every_scan_alike():
   assert len(counts) == 180 and counts.max() - counts.min() <= 1
 
 
+@pytest.mark.parametrize(
+  "dataset", ["digits", pytest.param("digits_clutter", marks=pytest.mark.slow)], indirect=True)
 def test_written_data_is_the_same_everywhere(dataset, data_dir, tmp_path):
   again = data.load(dataset.name, tmp_path)
   for split in dataset.splits:

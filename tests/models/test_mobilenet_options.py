@@ -145,8 +145,9 @@ def test_residual_branches_start_at_zero(norm):
   np.testing.assert_array_equal(run(InvertedResidual(1, "embed_1", **make))[0], x)
   np.testing.assert_array_equal(run(Bottleneck(1, "embed_1", **make))[0], np.maximum(x, 0))
   # Where nothing is added, zeros would end the network.
-  made = run(InvertedResidual(1, "embed_0", stride=2, **make))[1]
-  assert made["params"]["project"]["norm"]["scale"].unbox().all()
+  block = InvertedResidual(1, "embed_0", stride=2, **make)
+  init = lambda x: block.init(jax.random.key(0), x, {}, train=True)["params"]["project"]["norm"]
+  assert jax.jit(lambda x: init(x)["scale"].unbox())(x).all()
 
 
 def test_rates_of_drop_path_rise_in_the_last_stages():
