@@ -266,13 +266,8 @@ class Space:
         raise self._outside(subnet, names, row, rows)
       genes.append(1 + rows.index(row))
     for axis, values in self._free.items():
-      ids = kept_ids(subnet.chosen[depth_of(axis)])
-      sizes = subnet.chosen[axis]
-      sizes = sizes if isinstance(sizes, tuple) else (sizes,) * len(ids)
       slots = [0] * self._lengths[axis]
-      for i, size in zip(ids, sizes):
-        if size not in values:
-          raise self._outside(subnet, (axis,), (size,), [(v,) for v in values])
+      for i, size in self._in_layers(subnet, axis, subnet.chosen):
         slots[i] = 1 + values.index(size)
       genes.extend(slots)
     if self.constraint and not self.constraint(subnet):
@@ -326,11 +321,10 @@ class Space:
         raise self._outside(given, names, tuple(wanted.get(a, "any") for a in names), rows)
       sizes |= dict(zip(names, max(fitting, key=lambda r: volume(partial(zip(names, r))))))
     sizes |= {axis: max(values) for axis, values in self._free.items()}
-    for axis, value in given.chosen.items():
-      if axis in self._free and not all(
-          v in self._free[axis] for v in (value if isinstance(value, tuple) else (value,))):
-        raise self._outside(given, (axis,), (value,), [(v,) for v in self._free[axis]])
-    member = self._subnet(sizes | dict(given.chosen))
+    sizes |= given.chosen
+    for axis in self._free:
+      self._in_layers(given, axis, sizes)
+    member = self._subnet(sizes)
     if self.constraint and not self.constraint(member):
       raise UserError(f"sub-network {member} does not pass the constraint of the space")
     return member
@@ -350,8 +344,18 @@ class Space:
     if whole and missing:
       raise UserError(f"sub-network {subnet} lacks {', '.join(missing)}")
 
-  def _outside(self, subnet, names, row, rows) -> UserError:
-    got = ", ".join(f"{a}={plain(v)}" for a, v in zip(names, row))
+  def _in_layers(self, subnet, axis, sizes) -> list[tuple[int, int]]:
+    """The layers that are kept, and their sizes along an axis that is free in each."""
+    ids, own, values = kept_ids(sizes[depth_of(axis)]), sizes[axis], self._free[axis]
+    found = list(zip(ids, own if isinstance(own, tuple) else (own,) * len(ids)))
+    for layer, size in found:
+      if size not in values:
+        where = f" in layer {layer}" if isinstance(own, tuple) else ""
+        raise self._outside(subnet, (axis,), (size,), [(v,) for v in values], where)
+    return found
+
+  def _outside(self, subnet, names, row, rows, where="") -> UserError:
+    got = ", ".join(f"{a}={plain(v)}" for a, v in zip(names, row)) + where
     allowed = ", ".join(str(plain(r[0]) if len(r) == 1 else tuple(map(plain, r))) for r in rows)
     return UserError(f"sub-network {subnet}: {got} is outside the space; "
                      f"allowed for {' '.join(names)}: {allowed}")

@@ -246,7 +246,7 @@ def test_a_partial_description_is_completed_with_the_largest(space, given, compl
   (plain, "layers=0+1+3", r"layers=\[0, 1, 3\] is outside"),
   (plain, "layers=2,mlp=8:9", "outside the space; allowed for mlp: 8, 16, 32"),
   (coupled, "layers=1,embed=16", r"allowed for layers embed: \(1, 8\), \(2, 8\), \(2, 16\)"),
-  (free, "layers=2,kernel=3:4", "outside the space; allowed for kernel: 3, 5"),
+  (free, "layers=2,kernel=3:4", "kernel=4 in layer 1 is outside the space; allowed for kernel: 3, 5"),
   (constrained, "layers=1,heads=2", "does not pass the constraint")])
 def test_a_size_outside_the_space_is_refused_with_the_allowed_ones(space, given, message):
   with pytest.raises(ValueError, match=message):
