@@ -116,8 +116,11 @@ def _alone(module, variables, images):
 
 @functools.lru_cache(maxsize=8)
 def _together(one: OneProgram):
-  return jax.jit(lambda variables, vectors, images: jax.lax.map(
-    lambda vector: one.moments(vector, variables, images), vectors))
+  @jax.jit
+  def all_moments(variables, vectors, images):
+    return jax.lax.map(lambda vector: one.moments(vector, variables, images), vectors)
+
+  return all_moments
 
 
 @functools.partial(jax.jit, static_argnums=3)

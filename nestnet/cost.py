@@ -105,13 +105,17 @@ def flops(model: nn.Module, *inputs: Any, train: bool = False) -> int:
   params = variables.pop("params", {})
 
   def loss(params: Any, rest: Any, *inputs: Any) -> jax.Array:
-    outputs = model.apply({"params": params, **rest}, *inputs)
-    if isinstance(outputs, dict) and "logits" in outputs:
-      outputs = outputs["logits"]
-    leaves = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves), jnp.float32(0))
+    return squares(model.apply({"params": params, **rest}, *inputs))
 
   return count_flops(jax.value_and_grad(loss), params, variables, *inputs)
+
+
+def squares(outputs: Any) -> jax.Array:
+  """A loss to count with: it reads the `logits`, or every floating output if there is no such entry."""
+  if isinstance(outputs, dict) and "logits" in outputs:
+    outputs = outputs["logits"]
+  leaves = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves), jnp.float32(0))
 
 
 def count_flops(fn: Callable[..., Any], *args: Any) -> int:

@@ -56,7 +56,7 @@ def compile_config(config: Mapping[str, Any], where: tpus.Topology, devices: Seq
 
 def _member(supernet: Any, name: str, images: float) -> dict[str, Any]:
   subnet = supernet.space.subnet(name)
-  train = cost.flops(supernet.module(subnet), *supernet.inputs_of(subnet), train=True)
+  train = evaluation.member_flops(supernet)(subnet, True)
   return {"subnet": name, **evaluation.costs(supernet, subnet), "train_flops": train * images}
 
 

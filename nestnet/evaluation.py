@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from nestnet import cost, processes, report
+from nestnet import processes, report
 from nestnet.build import Run
-from nestnet.calibrate import calibrate, normalises
+from nestnet.calibrate import calibrate, calibrate_all, normalises
 from nestnet.data import Batches, arrays, augmentation
 from nestnet.errors import UserError
-from nestnet.evaluators.classification import classification
+from nestnet.evaluators.classification import classification, classification_all
 from nestnet.execution import Supernet, resized
 from nestnet.logs import Progress
 from nestnet.models.convolution import STATISTICS
+from nestnet.objectives.base import Objective
 from nestnet.one_program import OneProgram
-from nestnet.sampling import Member
+from nestnet.pieces import shared
+from nestnet.sampling import FIXED_LIMIT, Member
 from nestnet.sharding import local
 from nestnet.space import ENUMERABLE, Space, volume
 from nestnet.steps import Step, TrainState
 from nestnet.subnet import Subnet
 
 LISTED = 64
+# Members that one program takes at once.
+TOGETHER = 8
 # Of the images that calibrate: the same for every run, so that an evaluation can be repeated.
 CALIBRATION = {"images": 2000, "batch_size": 200, "seed": 0}
+
+# What is compiled for one is kept with it.
+as_data = functools.lru_cache(maxsize=8)(OneProgram)
 
 
 def evaluated(space: Space) -> list[Subnet]:
@@ -47,38 +54,85 @@ def evaluated(space: Space) -> list[Subnet]:
 
 
 def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Sequence[str] = (
-    "validation", "test"), show_progress: bool = False) -> list[dict[str, Any]]:
+    "validation", "test"), show_progress: bool = False, expected: int = 0) -> list[dict[str, Any]]:
   """Rows of `subnets.json`: `subnet`, `params`, `flops` of an image, metrics, and their budget.
 
   Metrics of the test split have plain names (`accuracy`), those of others a prefix
   (`validation_accuracy`). Members with batch normalisation are calibrated before, on as many training
   images as `calibration_images` says. Processes share the members out, and each gets all rows.
+
+  Few members are a program each. Many are data to one program, where that is possible, which is compiled
+  when it is first asked for; their metrics are the same up to rounding.
+
+  Args:
+    run: The family, its data, and how it calibrates.
+    state: Whose weights.
+    subnets: Which members.
+    splits: Of the data.
+    show_progress: Whether to show it.
+    expected: How many members will be evaluated in all, where these are a part of them.
   """
   data = {split: arrays(run.dataset, split) for split in splits}
   spent, state = budget(run, int(state.step)), local(state)
   subnets, images = list(subnets), calibration(run, run.supernet)
   if images:
     spent["calibration_images"] = sum(map(len, images))
+  one = _as_data(run.step, max(len(subnets), expected))
   share = subnets[jax.process_index()::jax.process_count()]
   progress = Progress(len(share), label="evaluate") if show_progress and processes.first() else None
   rows = []
-  for subnet in share:
-    module, variables = member(run.step, state, subnet, images)
+  found = _together(one, state, share, images, data) if one else (
+    _metrics(*member(run.step, state, subnet, images), data, subnet) for subnet in share)
+  for subnet, metrics in zip(share, found):
     row = {"subnet": str(subnet), **costs(run.supernet, subnet)}
-    rows.append(row | _metrics(module, variables, data, subnet) | spent)
+    rows.append(row | metrics | spent)
     if progress:
-      progress.update(len(rows), row)
+      progress.update(len(rows), rows[-1])
   if progress:
     progress.close()
   shares = [json.loads(text) for text in processes.gather(json.dumps(rows))]
   return [shares[i % len(shares)][i // len(shares)] for i in range(len(subnets))]
 
 
+def _as_data(step: Step, members: int) -> OneProgram | None:
+  """What evaluates so many members as data; None where each is better a program of its own."""
+  # What an objective attaches differs by member.
+  if members <= FIXED_LIMIT or step.recipe.objective.attach is not Objective.attach:
+    return None
+  one = as_data(step.supernet)
+  if not one.possible or members <= one.worth:
+    return None
+  try:
+    one.check()
+  except UserError:
+    return None
+  return one
+
+
+def _together(one: OneProgram, state: TrainState, subnets: Sequence[Subnet], images: Sequence[np.ndarray],
+              data: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+  """Metrics of each member; so many are calibrated and evaluated at once that memory holds them."""
+  variables = {"params": state.trained["model"], **state.fixed}
+  for start in range(0, len(subnets), TOGETHER):
+    some = subnets[start:start + TOGETHER]
+    # The last ones are filled up, so that one program serves all.
+    vectors = np.stack([one.vector(some[min(i, len(some) - 1)]) for i in range(TOGETHER)])
+    statistics = calibrate_all(one, variables, vectors, images) if images else {}
+    found = _on_splits(
+      data, lambda examples: classification_all(one, variables, statistics, vectors, examples))
+    yield from ({name: float(values[i]) for name, values in found.items()} for i in range(len(some)))
+
+
 def _metrics(module: nn.Module, variables: Mapping[str, Any], data: Mapping[str, Any], subnet: Subnet
              ) -> dict[str, float]:
+  return _on_splits(data, lambda examples: classification(module, variables, examples, subnet))
+
+
+def _on_splits(data: Mapping[str, Any], evaluator: Callable[[Any], Iterable[tuple[str, Any]]]
+               ) -> dict[str, Any]:
   """Metrics on some splits, those of others than the test split with a prefix."""
   return {("" if split == "test" else f"{split}_") + name: value for split, examples in data.items()
-          for name, value in classification(module, variables, examples, subnet)}
+          for name, value in evaluator(examples)}
 
 
 def calibration(run: Run, supernet: Supernet, batches: int | None = None) -> list[np.ndarray]:
@@ -151,9 +205,7 @@ def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence
 
 def costs(supernet: Supernet, subnet: Subnet) -> dict[str, int]:
   """Parameters, and FLOPs of one image's forward pass."""
-  module = supernet.module(subnet)
-  inputs = supernet.inputs_of(subnet)
-  return {"params": cost.count_params(module, *inputs), "flops": cost.flops(module, *inputs)}
+  return shared(supernet).costs(subnet)
 
 
 def budget(run: Run, steps: int) -> dict[str, Any]:
@@ -176,8 +228,7 @@ def step_flops(step: Step) -> Callable[[int], float]:
   own, their mean counts.
   """
   supernet, sampler = step.supernet, step.recipe.sampler
-  # One program trains too many members to trace each.
-  of_one = member_flops(supernet, bool(step.one))
+  of_one = member_flops(supernet)
 
   @functools.cache
   def flops(member: Member, train: bool) -> float:
@@ -194,64 +245,10 @@ def step_flops(step: Step) -> Callable[[int], float]:
   return count
 
 
-def member_flops(supernet: Supernet, layered: bool | None = None) -> Callable[[Subnet, bool], int]:
-  """The function from a member, and whether it trains, to its FLOPs.
-
-  Args:
-    supernet: The family.
-    layered: Whether to add them up over layers (`layered_flops`); by default where one program can serve it.
-  """
-  if OneProgram(supernet).possible if layered is None else layered:
-    return layered_flops(supernet)
-  return lambda subnet, train: _flops(supernet.module(subnet), supernet.inputs_of(subnet), train)
-
-
-def layered_flops(supernet: Supernet) -> Callable[[Subnet, bool], int]:
-  """The FLOPs of members, as sums over their layers: each kind of layer is traced once.
-
-  Networks with another first layer tell what that takes, networks of one and of two layers of a kind what
-  a layer behind it adds.
-  """
-  one = OneProgram(supernet)
-
-  @functools.cache
-  def measured(sizes: frozenset[tuple[str, int]], train: bool) -> int:
-    subnet = Subnet(**dict(sizes))
-    return _flops(supernet.module(subnet), supernet.inputs_of(subnet), train)
-
-  @functools.cache
-  def single(width: frozenset[tuple[str, int]]) -> dict[str, int]:
-    """One layer in each stack, of the first kind."""
-    inner = {axis: one.choices(axis, dict(width))[0] for axis in one.inner}
-    return dict(width) | inner | dict.fromkeys(one.depths, 1)
-
-  @functools.cache
-  def of(width: frozenset[tuple[str, int]], depth: str, layers: int, kind: frozenset[tuple[str, int]],
-         train: bool) -> int:
-    """One layer in each stack, but so many of a kind along one depth axis."""
-    return measured(frozenset((single(width) | dict(kind) | {depth: layers}).items()), train)
-
-  def flops(subnet: Subnet, train: bool) -> int:
-    width = frozenset((axis, subnet.chosen[axis]) for axis in one.outer)
-    first = single(width)
-    base = total = measured(frozenset(first.items()), train)
-    for depth in one.depths:
-      axes = one.listed(depth)
-      kinds = [frozenset((a, subnet.layer(depth, i).chosen[a]) for a in axes)
-               for i in range(one.kept(subnet, depth))]
-      total += sum(of(width, depth, 2, kind, train) - of(width, depth, 1, kind, train) for kind in kinds[1:])
-      if kinds:
-        total += of(width, depth, 1, kinds[0], train) - base
-      else:
-        total += base - of(width, depth, 2, frozenset((a, first[a]) for a in axes), train)
-    return total
-
-  return flops
-
-
-@functools.lru_cache(maxsize=1024)
-def _flops(module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...], train: bool) -> int:
-  return cost.flops(module, *inputs, train=train)
+def member_flops(supernet: Supernet) -> Callable[[Subnet, bool], int]:
+  """The function from a member, and whether it trains, to its FLOPs: sums over its pieces."""
+  pieces = shared(supernet)
+  return lambda subnet, train: pieces.train_flops(subnet) if train else pieces.costs(subnet)["flops"]
 
 
 def budget_text(row: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -95,6 +96,13 @@ class OneProgram:
   def possible(self) -> bool:
     """Whether there are stacks of layers, and few enough choices beside those of their layers."""
     return bool(self.places) and len(self.widths) <= BRANCHES
+
+  @property
+  def worth(self) -> float:
+    """About how many members' own programs take as long to compile: branches for each layer of theirs."""
+    branches = (math.prod(len(self.choices(axis, width)) for axis in self.listed(place.depth))
+                for width in self.widths for place in self.places.values())
+    return sum(branches) / max(1, len(self.places))
 
   def check(self) -> None:
     """Raises `ValueError` where the model does not leave its layers' sizes to the stack, or the choices

@@ -64,8 +64,7 @@ class Piece:
   def train_flops(self) -> int:
     """FLOPs of its forward and backward pass; of a layer with respect to what it reads, too."""
     def loss(params, inputs, rest):
-      outputs = jax.tree.leaves(self.run({"params": params, **rest}, *inputs))
-      return sum((jnp.square(y.astype(jnp.float32)).sum() for y in outputs), jnp.float32(0))
+      return cost.squares(self.run({"params": params, **rest}, *inputs))
 
     rest = {name: tree for name, tree in self.variables.items() if name != "params"}
     argnums = (0,) if self.name.startswith(AROUND) else (0, 1)
@@ -210,6 +209,10 @@ class Pieces:
     with applied(stand_in):
       outputs, variables = _made(module, *inputs)
     return Piece(name, run, variables, inputs, outputs)
+
+
+# What has been traced once serves all who count.
+shared = functools.lru_cache(maxsize=32)(Pieces)
 
 
 def _layer_piece(name: str, layer: nn.Module, x: Any, constants: Any, remat: bool, kwargs: Mapping[str, Any]

@@ -16,7 +16,7 @@ from nestnet.build import Run
 from nestnet.errors import UserError, one_of
 from nestnet.files import atomic_write
 from nestnet.latency import Latency, LatencyTable
-from nestnet.pieces import Pieces
+from nestnet.pieces import shared
 from nestnet.search import Problem, coarse_to_fine, evolve, fitting, front
 from nestnet.steps import TrainState
 from nestnet.subnet import Subnet
@@ -139,7 +139,7 @@ class _Searched:
       return False
 
   def costs(self, names: Sequence[str]) -> dict[str, Callable[[Subnet], float]]:
-    pieces = Pieces(self.run.supernet)
+    pieces = shared(self.run.supernet)
     functions: dict[str, Callable[[Subnet], float]] = {
       "params": lambda m: pieces.costs(m)["params"], "flops": lambda m: pieces.costs(m)["flops"]}
     if "latency_ms" in names:
@@ -162,7 +162,8 @@ class _Searched:
     """Validation accuracies of members, from the run's file or evaluated."""
     rows = predict.evaluated(
       self.workdir / f"members_{self.step}.jsonl", members,
-      lambda some: evaluation.evaluate(self.run, self.state, some, splits=("validation",)))
+      lambda some: evaluation.evaluate(self.run, self.state, some, splits=("validation",),
+                                       expected=len(members)))
     return [row["validation_accuracy"] for row in rows]
 
   def predictor(self, samples: int, quality: dict[str, Any]) -> predict.Predictor:

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from nestnet import Space, Subnet, cost, recipes
-from nestnet.evaluation import layered_flops
+from nestnet.evaluation import member_flops
 from nestnet.execution import Supernet
 from nestnet.models.vit import ViT
 from nestnet.objectives import objective
@@ -278,7 +278,7 @@ def test_shards_agree_on_what_is_the_same():
 @pytest.mark.parametrize("name", quick("coupled"))
 def test_flops_of_members_are_sums_over_layers(name):
   net, _ = family(name)
-  count = layered_flops(net)
+  count = member_flops(net)
   for subnet in members(name, 4):
     for train in (False, True):
       assert count(subnet, train) == cost.flops(net.module(subnet), *net.inputs, train=train)

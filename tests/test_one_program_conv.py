@@ -12,7 +12,7 @@ import pytest
 
 from nestnet import Space, Subnet, cost
 from nestnet.axes import statistics_axes
-from nestnet.evaluation import layered_flops
+from nestnet.evaluation import member_flops
 from nestnet.execution import Supernet
 from nestnet.models import mobilenet, resnet50d
 from nestnet.models.mobilenet import MobileNet
@@ -217,7 +217,7 @@ def test_data_shards_train_members_of_their_own_on_their_own_statistics():
 @pytest.mark.parametrize("train", [False, True])
 def test_flops_of_members_are_sums_over_layers(train):
   net = NETS["transforms"]
-  count = layered_flops(net)
+  count = member_flops(net)
   for subnet in map(SPACE.subnet, MEMBERS["transforms"][:2]):
     assert count(subnet, train) == cost.flops(net.module(subnet), *net.inputs, train=train)
 

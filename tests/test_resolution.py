@@ -12,7 +12,7 @@ import pytest
 
 from nestnet import Space, Subnet, cost, extraction, runs
 from nestnet.calibrate import calibrate
-from nestnet.evaluation import costs, layered_flops
+from nestnet.evaluation import costs, member_flops
 from nestnet.evaluators.classification import classification
 from nestnet.execution import Supernet, resized
 from nestnet.interop.folder import load
@@ -69,7 +69,7 @@ def test_costs_are_those_at_its_resolution():
   small, other = SPACE.subnet("layers_1=2,resolution=4"), SPACE.subnet("layers_1=2,resolution=8")
   assert costs(NET, small)["params"] == costs(NET, other)["params"]
   assert costs(NET, small)["flops"] == cost.flops(MODEL, jax.ShapeDtypeStruct((4, 4, 4, 1), jnp.float32))
-  assert layered_flops(NET)(small, False) == costs(NET, small)["flops"] < costs(NET, other)["flops"]
+  assert member_flops(NET)(small, False) == costs(NET, small)["flops"] < costs(NET, other)["flops"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ import optax
 from nestnet.errors import UserError
 from nestnet.execution import resized
 from nestnet.models.convolution import STATISTICS
+from nestnet.models.switch import CHOICE
+from nestnet.one_program import OneProgram
 from nestnet.subnet import INPUTS, Subnet
 
 BATCH = 256
@@ -44,18 +46,68 @@ def _logits(module, inputs, variables, images):
   if STATISTICS in variables:
     return module.apply(variables, images)["logits"]
   outputs, recorded = module.apply(variables, images, mutable=[STATISTICS])
+  _check_calibrated(module, recorded)
+  return outputs["logits"]
+
+
+def _check_calibrated(module, recorded):
   if jax.tree.leaves(recorded):
     # Its predictions would depend on which images stand beside one another.
     raise UserError(f"this {type(module).__name__} is not calibrated: it has batch normalisation and its "
                     f"variables hold no {STATISTICS!r}; first: variables[{STATISTICS!r}] = "
                     "nestnet.calibrate.calibrate(module, variables, batches of training images)")
-  return outputs["logits"]
+
+
+def classification_all(one: OneProgram, variables: Mapping[str, Any], statistics: Any, vectors: np.ndarray,
+                       data: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+  """The same of an array of sub-networks, `[members]`, by one compiled program.
+
+  Args:
+    one: What runs them.
+    variables: The supernet's.
+    statistics: As from `nestnet.calibrate.calibrate_all`; empty where nothing normalises by batches.
+    vectors: `[members, entries]`, as from `one.vector`.
+    data: As in `classification`; the resolution is that of each sub-network.
+
+  Raises:
+    ValueError: The networks normalise by batch statistics and are not calibrated.
+  """
+  own = {STATISTICS: statistics} if statistics else {}
+  labels, hits, losses = data["label"], 0, 0.0
+  for start, images in zip(range(0, len(labels), BATCH), batches(data["image"])):
+    known = np.full(BATCH, -1, np.int32)
+    known[:len(labels) - start] = labels[start:start + BATCH]
+    right, loss = _scores(one)(variables, own, vectors, images, known)
+    hits, losses = hits + np.asarray(right, np.int64), losses + np.asarray(loss, np.float64)
+  yield "accuracy", hits / len(labels)
+  yield "loss", losses / len(labels)
+
+
+@functools.lru_cache(maxsize=8)
+def _scores(one):
+  """Of each member how many images it gets right, and its losses' sum; those without a label do not count."""
+  def score(runnable, variables, images, labels):
+    variables = {**runnable.cut(variables), CHOICE: runnable.choice}
+    images, known = resized(images, runnable.subnet), labels >= 0
+    outputs, recorded = runnable.module.apply(
+      variables, images, mutable=[] if STATISTICS in variables else [STATISTICS])
+    _check_calibrated(one.supernet.model, recorded)
+    logits = outputs["logits"].astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    return jnp.sum(known & (logits.argmax(-1) == labels)), jnp.sum(jnp.where(known, losses, 0))
+
+  @jax.jit
+  def all_scores(variables, own, vectors, images, labels):
+    return jax.lax.map(lambda member: one.switch(
+      score, member[0], {**variables, **member[1]}, images, labels), (vectors, own))
+
+  return all_scores
 
 
 def metrics(logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]:
   """The same from logits, of which those past the last label are padding."""
   logits = jnp.asarray(logits[:len(labels)], jnp.float32)
-  yield "accuracy", float(np.mean(logits.argmax(-1) == labels))
+  yield "accuracy", float(np.mean(np.asarray(logits.argmax(-1)) == labels))
   yield "loss", float(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean())
 
 
