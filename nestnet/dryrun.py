@@ -204,7 +204,8 @@ def _laid_out(leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
   return nothing.lower(*leaves).compile().memory_analysis().argument_size_in_bytes
 
 
-def network_seconds(collective: hlo.Collective, places: Sequence[Sequence[int]], where: tpus.Topology) -> float:
+def network_seconds(collective: hlo.Collective, places: Sequence[Sequence[int]], where: tpus.Topology
+                    ) -> float:
   """How long one run of a collective takes at least: what a chip must send, at the rate of its links.
 
   Of an array of `b` bytes over `n` chips that is `b (n - 1) / n` to gather, to scatter and for

@@ -199,7 +199,8 @@ def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence
       largest = member(run.step, state, supernet.space.largest, images)[1]
       variables |= supernet.cut({STATISTICS: largest[STATISTICS]}, subnet)
     rows.append({"subnet": str(subnet), "calibration_batches": count,
-                 "calibration_images": sum(map(len, images[:count])), **_metrics(module, variables, data, subnet)})
+                 "calibration_images": sum(map(len, images[:count]))} |
+                _metrics(module, variables, data, subnet))
   return rows
 
 

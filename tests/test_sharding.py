@@ -95,7 +95,8 @@ def test_a_sub_network_moves_what_it_would_alone(mesh):
   step = make(MESHES[mesh], TERMS)
   own = Space(couple={" ".join(member): [tuple(member.values())]}, groups=GROUPS)
   lone = make(MESHES[mesh], (Term((own.largest,)),), model=MODEL.clone(**member), space=own)
-  found, alone, whole = collectives(step, member), collectives(lone, own.largest), collectives(step, SPACE.largest)
+  found, alone = collectives(step, member), collectives(lone, own.largest)
+  whole = collectives(step, SPACE.largest)
   assert found and set(found) == set(alone)
   for kind, (number, size) in found.items():
     assert number == alone[kind][0]
@@ -144,7 +145,8 @@ def test_what_does_not_divide_is_named(mesh, space, message):
 
 def test_axes_outside_the_space_must_divide_too():
   with pytest.raises(ValueError, match=r"mesh.model=8 does not divide mlp=12; allowed are \[1, 2, 3, 4, 6, 12\]"):
-    make({"model": 8}, TERMS, model=MODEL.clone(mlp=12), space=Space(layers=(2, 3), heads=(8,), groups={"heads": 8}))
+    make({"model": 8}, TERMS, model=MODEL.clone(mlp=12),
+         space=Space(layers=(2, 3), heads=(8,), groups={"heads": 8}))
 
 
 @pytest.mark.slow
