@@ -31,6 +31,9 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
     config.recipe = recipe("separate") if alone else recipe(method, sizes=FEATURES)
   else:
     config.recipe = recipe(method)
+    if method == "sandwich":
+      # Labels too; in the papers students learn from the teacher alone, which is 0.0.
+      config.recipe["objective"]["student_labels"] = 1.0
     if several := phases(method, config.space):
       config.phases = several
   config.data = dict(name="digits_clutter", data_dir="", augment="none")
