@@ -32,7 +32,7 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   else:
     config.recipe = recipe(method)
     if method == "sandwich":
-      # The papers' students learn from the teacher alone (0.0), which takes more steps than these.
+      # Labels too; in the papers students learn from the teacher alone, which is 0.0.
       config.recipe["objective"]["student_labels"] = 1.0
   config.data = dict(name="digits_clutter", data_dir="", augment="none")
   config.optim = dict(name="adamw", learning_rate=4e-3, schedule="cosine", warmup_steps=50,
