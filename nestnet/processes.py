@@ -51,8 +51,9 @@ def joined(place: Place | None) -> Iterator[None]:
     if not isinstance(error, UserError) and any(word in text.lower() for word in _OF_ANOTHER):
       raise Lost(f"process {jax.process_index()} of {jax.process_count()}: another process of the job "
                  f"is gone ({text[:200]}). {GOES_ON}") from error
-    # What all say, all have time to say: process 0 takes the others with it when it leaves.
-    _meet("parting", PARTING_SECONDS)
+    # What all say, all have time to say: a process that leaves unparted takes the others with it.
+    if _meet("parting", PARTING_SECONDS):
+      jax.distributed.shutdown()
     raise
   jax.distributed.shutdown()
 
@@ -66,13 +67,17 @@ def _initialize(place: Place) -> None:
                     "allowed elsewhere: --processes=N --process=I --coordinator=HOST:PORT") from error
 
 
-def _meet(name: str, seconds: float) -> None:
-  """Waits for the other processes, but no longer than so many seconds."""
+def _meet(name: str, seconds: float) -> bool:
+  """Whether all other processes come here too, within so many seconds."""
   # JAX has no public barrier with a time limit.
   client = distributed.global_state.client
-  if client is not None:
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      client.wait_at_barrier(f"nestnet_{name}", int(seconds * 1000))
+  if client is None:
+    return False
+  try:
+    client.wait_at_barrier(f"nestnet_{name}", int(seconds * 1000))
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
 
 
 def first() -> bool:

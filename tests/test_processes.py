@@ -164,6 +164,13 @@ def launch(folder, workdir, *flags, own=((), ())):
   return jobs
 
 
+def scripts(folder, text):
+  """Both processes of a script, which gets its index and the coordinator."""
+  port = free_port()
+  return [subprocess.Popen([sys.executable, "-c", text, str(index), f"localhost:{port}"], cwd=folder,
+                           env=surroundings(folder)) for index in range(2)]
+
+
 def ends(jobs, timeout=240):
   return [job.wait(timeout=timeout) for job in jobs]
 
@@ -175,15 +182,14 @@ def said(folder, workdir):
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(folder):
   """And each sees the other's data, facts and mistakes."""
-  port = free_port()
-  script = ("import json, sys, numpy as np, two_model; from nestnet import processes, supervision\n"
-            "with processes.joined(supervision.Place(2, int(sys.argv[1]), sys.argv[2])):\n"
-            "  met, found = two_model.meetings(), two_model.figures()\n"
-            "  if processes.first():\n"
-            "    np.savez('found.npz', **found)\n"
-            "    json.dump(met, open('met.json', 'w'))\n")
-  jobs = [subprocess.Popen([sys.executable, "-c", script, str(i), f"localhost:{port}"],
-                           cwd=folder, env=surroundings(folder)) for i in range(2)]
+  jobs = scripts(
+    folder,
+    "import json, sys, numpy as np, two_model; from nestnet import processes, supervision\n"
+    "with processes.joined(supervision.Place(2, int(sys.argv[1]), sys.argv[2])):\n"
+    "  met, found = two_model.meetings(), two_model.figures()\n"
+    "  if processes.first():\n"
+    "    np.savez('found.npz', **found)\n"
+    "    json.dump(met, open('met.json', 'w'))\n")
   import two_model
   wanted = two_model.figures()
   assert ends(jobs) == [0, 0]
@@ -212,6 +218,19 @@ def test_unequal_processes_are_told(folder):
     assert "sub-networks of step 0: " in text
     assert "Traceback" not in text and "Check failure" not in text
   assert not workdir.exists()
+
+
+def test_a_process_that_says_its_message_late_says_it(folder):
+  """The other one, gone by then, does not end it."""
+  assert ends(scripts(
+    folder,
+    "import os, sys, time; from nestnet import errors, processes, supervision\n"
+    "try:\n"
+    "  with processes.joined(supervision.Place(2, int(sys.argv[1]), sys.argv[2])):\n"
+    "    raise errors.UserError('wrong')\n"
+    "except errors.UserError:\n"
+    "  time.sleep(2 * int(sys.argv[1]))\n"
+    "  os._exit(2)\n")) == [2, 2]
 
 
 @pytest.mark.slow
