@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.errors import UserError, one_of
-from nestnet.models.convolution import ConvNorm, average, check_norm, divisible
+from nestnet.models.convolution import ConvNorm, Normed, average, check_norm, divisible
 from nestnet.models.layers import Linear
 from nestnet.models.stack import stack
 from nestnet.space import Space
@@ -170,7 +170,8 @@ class ResNet50D(nn.Module):
     """
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
-    x = Stem(self.layers_0, self.inside_stem(), self.stem_stride, name="stem", **norm)(images, train)
+    x = Stem(layers=self.layers_0, inside=self.inside_stem(), stride=self.stem_stride, name="stem", **norm)(
+      images, train)
     x = ConvNorm("stem", "embed_0", self.channels(0), 3, 1, "relu", name="stem_out", **norm)(x, train)
     x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
     outputs = []
@@ -190,32 +191,26 @@ class ResNet50D(nn.Module):
     return result | ({"taps": tuple(outputs)} if taps else {})
 
 
-class Stem(nn.Module):
+class Stem(Normed):
   """Two convolutions of 3 x 3, the second on a residual branch that may be absent."""
 
   layers: int
   inside: int
   stride: int = 2
-  norm: str = "batch"
-  group: int = 8
-  epsilon: float = 1e-5
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, train):
     """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, inside]`."""
-    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, dtype=self.dtype,
-                param_dtype=self.param_dtype)
-    x = ConvNorm("channels", "stem", self.inside, 3, self.stride, "relu", name="layers_0_0", **norm)(
+    x = ConvNorm("channels", "stem", self.inside, 3, self.stride, "relu", name="layers_0_0", **self.normed)(
       x, train)
     if self.layers == 2:
       # A name stands once in an array, so the sum of the residual branch has one of its own.
-      x = x + ConvNorm("stem", "stem_sum", self.inside, 3, 1, "relu", name="layers_0_1", **norm)(x, train)
+      x = x + ConvNorm("stem", "stem_sum", self.inside, 3, 1, "relu", name="layers_0_1", **self.normed)(
+        x, train)
     return x
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Normed):
   """Three convolutions on a residual branch.
 
   Attributes:
@@ -225,12 +220,7 @@ class Bottleneck(nn.Module):
     hidden: Channels between.
     stride: Of the convolution of 3 x 3.
     shortcut: Whether what it reads is averaged over the stride and projected, to be added.
-    norm: As in `ConvNorm`.
-    group: As in `ConvNorm`.
     zero_gamma: Whether the residual branch starts at 0.
-    epsilon: Of the normalisation.
-    dtype: Of the computation.
-    param_dtype: Of the stored parameters.
   """
 
   stage: int
@@ -239,18 +229,12 @@ class Bottleneck(nn.Module):
   hidden: int
   stride: int = 1
   shortcut: bool = False
-  norm: str = "batch"
-  group: int = 8
   zero_gamma: bool = False
-  epsilon: float = 1e-5
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, constants, *, train):
     """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, width]`."""
-    norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, dtype=self.dtype,
-                param_dtype=self.param_dtype)
+    norm = self.normed
     hidden, inner, writes = f"hidden_{self.stage}", f"inner_{self.stage}", f"embed_{self.stage}"
     y = ConvNorm(self.reads, hidden, self.hidden, act="relu", name="reduce", **norm)(x, train)
     y = ConvNorm(hidden, inner, self.hidden, 3, self.stride, "relu", name="spatial", **norm)(y, train)
