@@ -10,8 +10,6 @@ from nestnet import cli
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 SUBNETS = flags.DEFINE_string("subnets", "", "sub-networks joined by ';'; the space or a sample of it "
                               "by default. Axes left out are as large as they may be")
-
-
 BATCHES = flags.DEFINE_list("calibration_batches", [], "instead, accuracy by the number of batches that "
                             "calibrate, such as 0,1,4,16: of the smallest sub-network, or of --subnets")
 

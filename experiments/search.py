@@ -13,13 +13,14 @@ OUT = flags.DEFINE_string("out", None, "folder for search.json, search.md, searc
 PARAMS = flags.DEFINE_float("max_params", None, "at most so many parameters")
 FLOPS = flags.DEFINE_float("max_flops", None, "at most so many FLOPs for an image")
 LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many milliseconds for an image, here")
-METHOD = flags.DEFINE_enum("method", "evolution", ["evolution", "nsga2", "coarse_to_fine"], "how to search")
+METHOD = flags.DEFINE_enum("method", "evolution", ["evolution", "nsga2", "coarse_to_fine", "random"],
+                           "how to search")
 COSTS = flags.DEFINE_list("costs", [], "what nsga2 weighs against accuracy: params, flops, latency_ms; "
                           "by default those with a budget, or flops")
 ACCURACY = flags.DEFINE_enum("accuracy", "auto", ["auto", "predicted", "measured"], "by a predictor or "
-                             "evaluating each; auto measures small families and coarse_to_fine")
+                             "evaluating each; auto measures small families, coarse_to_fine and random")
 SAMPLES = flags.DEFINE_integer("samples", 500, "random members that the predictor learns from")
-POPULATION = flags.DEFINE_integer("population", 100, "members of a generation")
+POPULATION = flags.DEFINE_integer("population", 100, "members of a generation; random draws one")
 GENERATIONS = flags.DEFINE_integer("generations", None, "how many; by default 500, of nsga2 40, of "
                                   "coarse_to_fine 5")
 SEED = flags.DEFINE_integer("seed", 0, "of the search")

@@ -1,4 +1,4 @@
-"""From budgets to a member: evolution, a front by NSGA-II, and from coarse to fine.
+"""From budgets to a member: evolution, a front by NSGA-II, from coarse to fine, and at random.
 
 A search looks at members only through functions of them: an accuracy (measured or predicted) and
 costs. It never leaves the family: its couplings, its constraint, its pool.
@@ -157,6 +157,17 @@ def evolve(problem: Problem, *, population: int = 100, generations: int = 500, p
           members[made] = None
     ranked = sorted(problem.look(members), key=_rank)
   return ranked[0]
+
+
+def random(problem: Problem, *, population: int = 100, seed: int = 0) -> Candidate:
+  """The most accurate of so many random members within the budgets: what a search must beat.
+
+  Raises:
+    ValueError: As `evolve`.
+  """
+  _at_least(1, population=population)
+  members = problem.listed(population) or fitting(problem, population, np.random.default_rng((_STREAM, seed)))
+  return min(problem.look(members), key=_rank)
 
 
 def coarse_to_fine(problem: Problem, *, levels: int = 3, skeletons: int = 5, population: int = 20,

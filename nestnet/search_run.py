@@ -17,11 +17,13 @@ from nestnet.errors import UserError, one_of
 from nestnet.files import atomic_write
 from nestnet.latency import Latency, LatencyTable
 from nestnet.pieces import shared
-from nestnet.search import Problem, coarse_to_fine, evolve, fitting, front
+from nestnet.search import Problem, coarse_to_fine, evolve, fitting, front, random
 from nestnet.steps import TrainState
 from nestnet.subnet import Subnet
 
-METHODS = ("evolution", "nsga2", "coarse_to_fine")
+METHODS = ("evolution", "nsga2", "coarse_to_fine", "random")
+# Those that measure what they look at, unless told otherwise.
+MEASURING = ("coarse_to_fine", "random")
 ACCURACIES = ("auto", "predicted", "measured")
 COSTS = ("params", "flops", "latency_ms")
 
@@ -45,13 +47,13 @@ def search_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bud
     workdir: A run with a checkpoint.
     out: The folder to write.
     budgets: Limits by column, such as `{"flops": 1e6}`; of `COSTS`.
-    method: `"evolution"`, `"nsga2"` (a front of accuracy against `costs`) or `"coarse_to_fine"`.
+    method: `"evolution"`, `"nsga2"` (a front of accuracy against `costs`), `"coarse_to_fine"` or `"random"`.
     accuracy: `"predicted"`: an MLP learns from `samples` random members that are evaluated; the best by
       it are then measured. `"measured"`: every member that the search looks at. `"auto"`: measured for
-      `"coarse_to_fine"` and where the family has no more than `samples` members.
+      `"coarse_to_fine"`, `"random"` and where the family has no more than `samples` members.
     costs: What the front is against; by default those with a budget, or FLOPs.
     samples: Members that the predictor learns from, of which a fifth (at most 100) only tests it.
-    population: Members of a generation.
+    population: Members of a generation; for `"random"` all that are drawn, in one.
     generations: How many; by default 500, for `"nsga2"` 40, for `"coarse_to_fine"` 5.
     seed: Of the search, of the sample and of the predictor.
     beyond_pool: Whether the whole space is searched where it has a pool, and not the pool alone.
@@ -83,7 +85,7 @@ def search_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bud
   against = list(costs or budgets or ("flops",))
   wanted = list(dict.fromkeys([*against, *budgets, "params", "flops"]))
   measured = accuracy == "measured" or (accuracy == "auto" and (
-    method == "coarse_to_fine" or searched.small(samples)))
+    method in MEASURING or searched.small(samples)))
   quality: dict[str, Any] = {}
   functions = searched.costs(wanted)
   # Whether anything fits is said before time is spent on a predictor.
@@ -113,6 +115,8 @@ def _found(problem: Problem, method: str, against: Sequence[str], population: in
   if method == "evolution":
     best = evolve(problem, population=population, seed=seed,
                   generations=500 if generations is None else generations)
+  elif method == "random":
+    best = random(problem, population=population, seed=seed)
   else:
     best = coarse_to_fine(problem, population=population, seed=seed,
                           generations=5 if generations is None else generations)

@@ -7,7 +7,7 @@ import pytest
 
 from nestnet import Space, Subnet, errors
 from nestnet.search import (
-  Candidate, Problem, coarse, coarse_to_fine, cross, evolve, front, mutate, undominated)
+  Candidate, Problem, coarse, coarse_to_fine, cross, evolve, front, mutate, random, undominated)
 
 SPACE = Space(layers=(1, 2, 3), couple={"embed heads": ((8, 1), (8, 2), (16, 2))}, mlp=(8, 16, 32),
               per_layer=("mlp",))
@@ -54,6 +54,19 @@ def test_evolution_finds_the_best_within_budgets(budgets):
   # Nothing that does not fit was evaluated, and nothing twice.
   assert len(asked) == len(set(asked)) < len(SPACE) - 20
   assert all(m in SPACE and all(COSTS[n](m) <= limit for n, limit in budgets.items()) for m in asked)
+
+
+def test_random_search_takes_the_best_of_those_it_draws_within_budgets():
+  asked, budgets = [], {"volume": 400}
+  found = random(problem(budgets, asked=asked), population=12, seed=3)
+  assert len(asked) == len(set(asked)) == 12 and all(volume(m) <= 400 for m in asked)
+  assert found.subnet == max(asked, key=accuracy)
+  again = random(problem(budgets), population=12, seed=3)
+  assert again == found
+  # A family that is no larger is gone through.
+  assert random(problem(budgets), population=len(SPACE)).subnet == exhaustive(budgets)
+  with pytest.raises(errors.UserError, match="no sub-network has volume of at most 1; the cheapest: volume"):
+    random(problem({"volume": 1}))
 
 
 def test_evolution_is_the_same_for_a_seed():
