@@ -8,7 +8,9 @@ the authors' code and is not trained in this repository: there is no accuracy to
 `experiments.train` reads images of one size, which those of TFDS's `imagenet2012` are not: name a class
 of your own that gives them at 224 x 224, with `--config.data.name=my_data:ImageNet`.
 
-Another method trains with its name as the argument: `--config=configs/imagenet_ofa_mbv3.py:bignas`.
+Another method trains with its name as the argument: `--config=configs/imagenet_ofa_mbv3.py:bignas`. Its
+space is this one too, where BigNAS, AttentiveNAS and AlphaNet had spaces of their own, with widths and
+resolutions.
 """
 
 import ml_collections
