@@ -236,6 +236,9 @@ def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, str
     _sampler(recipe["sampler"], supernet.space, seed, shards, Context(*phase, _cost(supernet))),
     objective(**recipe["objective"]),
     **{k: recipe[k] for k in ("teacher", "ema", "select", "judge", "untouched") if k in recipe})
+  if optim.get("coupled") and made.untouched == "decay_only":
+    raise UserError("config.recipe.untouched=decay_only with config.optim.coupled=True, whose decay is a part of "
+                    "the gradient; allowed: untouched of update or freeze, or coupled=False")
   warmup = optim.pop("warmup_steps", 0) + round(optim.pop("warmup_share", 0.0) * stretch)
   highest = optim.pop("learning_rate") * optim.pop("factor", 1.0)
   rate = schedule(optim.pop("schedule", "constant"), highest, warmup, stretch,

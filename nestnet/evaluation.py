@@ -30,6 +30,8 @@ from nestnet.steps import Step, TrainState
 from nestnet.subnet import Subnet
 
 LISTED = 64
+# Steps of a phase whose FLOPs are counted one by one.
+COUNTED = 4000
 # Members that one program takes at once.
 TOGETHER = 8
 # Of the images that calibrate: the same for every run, so that an evaluation can be repeated.
@@ -210,14 +212,26 @@ def costs(supernet: Supernet, subnet: Subnet) -> dict[str, int]:
 
 
 def budget(run: Run, steps: int) -> dict[str, Any]:
-  """What the first `steps` steps took: images seen, FLOPs of all passes of the network, the seed."""
+  """What the first `steps` steps took: images seen, FLOPs of all passes of the network, the seed.
+
+  FLOPs of a phase of more than 4,000 steps are those of so many of them, evenly spaced, in proportion.
+  """
   batch_size, flops, start = run.config["train"]["batch_size"], 0, 0
   for phase in run.phases:
-    end = start + phase.steps
-    flops += sum(map(step_flops(phase.step), range(start, min(end, steps))))
-    start = end
+    count = min(max(steps - start, 0), phase.steps)
+    flops += _flops(phase.step, start, count)
+    start += phase.steps
   return {"steps": steps, "images": steps * batch_size, "train_flops": int(flops * batch_size),
           "seed": run.config.get("seed", 0)}
+
+
+@functools.lru_cache(maxsize=32)
+def _flops(step: Step, first: int, count: int) -> float:
+  """The FLOPs of some steps of a phase; searches ask for them again and again."""
+  counted = min(count, COUNTED)
+  of_one = step_flops(step)
+  total = sum(of_one(first + i * count // counted) for i in range(counted))
+  return total if counted == count else total * count / counted
 
 
 def step_flops(step: Step) -> Callable[[int], float]:

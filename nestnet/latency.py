@@ -163,11 +163,7 @@ def _affine(sums: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
 
 def calibrated(run: Callable[..., Any], variables: dict[str, Any], *inputs: Any) -> dict[str, Any]:
   """Shapes of the variables with statistics, where the network normalises by them."""
-  apply = functools.partial(run, mutable=[STATISTICS])
-  try:
-    _, moments = jax.eval_shape(apply, variables, *inputs)
-  except TypeError:
-    return variables
+  _, moments = jax.eval_shape(functools.partial(run, mutable=[STATISTICS]), variables, *inputs)
   return {**variables, **moments}
 
 

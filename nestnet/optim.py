@@ -27,7 +27,7 @@ def schedule(name: str, learning_rate: float, warmup_steps: int, steps: int, *, 
     floor: The lowest, as a share of the highest.
     decay_rate: Factor of the exponential and of the step schedule.
     decay_share: Share of the steps behind the warm-up from one fall of the exponential to the next, such
-      as 2.4 / 360 for 2.4 epochs of 360.
+      as 2.4 / 355 for 2.4 epochs of 360 of which 5 are warm-up.
     milestones: Shares of all steps.
 
   Example:

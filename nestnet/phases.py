@@ -8,7 +8,7 @@ from typing import Any
 
 from nestnet.errors import UserError, one_of
 from nestnet.space import volume
-from nestnet.subnet import Subnet, is_depth
+from nestnet.subnet import INPUTS, Subnet, is_depth
 
 SORT = "nestnet.importance:Sort"
 _OPTIONS = ("couple", "per_layer", "groups", "constraint", "pool")
@@ -30,7 +30,7 @@ def lengths(phases: Sequence[Mapping[str, Any]], steps: int) -> list[int]:
   """
   given = [phase.get("steps") for phase in phases]
   if all(phase.get("share") is None for phase in phases):
-    if sum(n or 0 for n in given) != steps or not all(given):
+    if not all(isinstance(n, int) and n > 0 for n in given) or sum(given) != steps:
       raise UserError(f"the steps of config.phases must add up to train.steps={steps}, got {given}; allowed "
                       "instead is a share for each, which follows train.steps")
     return given
@@ -66,6 +66,8 @@ def opened(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any
   """
   if not limits:
     return dict(space)
+  if not isinstance(limits, Mapping):
+    raise UserError(f"open: got {limits}, allowed is a number of choices by axis, such as {{'layers': 2}}")
   known = kinds(space)
   for kind, count in limits.items():
     if kind not in known:
@@ -109,29 +111,24 @@ def shrinking(space: Mapping[str, Any], enter: str = SORT) -> list[dict[str, Any
   sub-networks of its code): the whole network, then kernels, depths in two steps, widths in two.
 
   Shares are the 605 epochs, those of warm-up included. Kinds of axes that the space has not, and stages
-  that would open nothing, are left out: with two depths there is no first of the two steps.
+  that would open nothing, are left out: with two depths there is no first of the two steps. Kinds that
+  are coupled open together, when the last of them would. Resolutions are open from the second phase on.
 
   Args:
     space: The `space` group of a config.
     enter: The transition each time that widths open, by the import path of what makes it; `""`: none.
   """
-  present = kinds(space)
-  depths = [kind for kind in present if is_depth(kind)]
-  widths = [kind for kind in present if kind != "kernel" and kind not in depths]
-  closed = dict.fromkeys(present, 1)
+  closed = _closed(space)
   phases = [_whole(180, closed)]
-  for axes, few, number in ((["kernel"], False, 1), (depths, True, 2), (depths, False, 2), (widths, True, 4),
-                            (widths, False, 4)):
-    every = {kind: count for kind, count in closed.items() if kind not in axes}
-    some = closed | {kind: 2 for kind in axes if kind in present}
-    opens = some if few else every
-    if _choices(space, opens) == _choices(space, closed) or (
-        few and _choices(space, some) == _choices(space, every)):
+  stage_of = {kind: max(map(_stage_of, together)) for kind, together in _coupled(space).items()}
+  for stage, few, number in ((0, False, 1), (1, True, 2), (1, False, 2), (2, True, 4), (2, False, 4)):
+    every = {kind: count for kind, count in closed.items() if stage_of[kind] != stage}
+    opens = closed | dict.fromkeys(closed.keys() - every.keys(), 2) if few else every
+    if every == closed or (few and _choices(space, opens) in (_choices(space, closed), _choices(space, every))):
       continue
-    sorts = enter and axes is widths
     phases.append({
       "share": 25 if few else 125, "open": opens, "recipe": {"sampler": {"n": number}},
-      "optim": _stage(few, 0.96 if axes == ["kernel"] else 0.24)} | ({"enter": enter} if sorts else {}))
+      "optim": _stage(few, 0.24 if stage else 0.96)} | ({"enter": enter} if enter and stage == 2 else {}))
     closed = opens
   return phases
 
@@ -144,7 +141,7 @@ def one_stage(space: Mapping[str, Any], enter: str = SORT) -> list[dict[str, Any
     enter: As in `shrinking`, before the space opens.
   """
   entered = {"enter": enter} if enter else {}
-  return [_whole(180, dict.fromkeys(kinds(space), 1)), {"share": 25, "optim": _stage(True, 0.24)} | entered,
+  return [_whole(180, _closed(space)), {"share": 25, "optim": _stage(True, 0.24)} | entered,
           {"share": 125, "optim": _stage(False, 0.24)}]
 
 
@@ -159,6 +156,26 @@ def delayed(space: Mapping[str, Any], enter: str = SORT) -> list[dict[str, Any]]
   del space
   return [{"share": 145, "recipe": {"sampler": {"name": "largest"}}},
           {"share": 125} | ({"enter": enter} if enter else {})]
+
+
+def _closed(space: Mapping[str, Any]) -> dict[str, int]:
+  """Only the largest of each kind that has several, resolutions apart."""
+  return {kind: 1 for kind in kinds(space)
+          if kind not in INPUTS and _choices(space, {kind: 1}) != _choices(space, {})}
+
+
+def _coupled(space: Mapping[str, Any]) -> dict[str, set[str]]:
+  """For each kind, those that open together with it."""
+  together = {kind: {kind} for kind in kinds(space)}
+  for names in space.get("couple") or {}:
+    joined = set().union(*(together[_kind(axis)] for axis in names.split()))
+    together |= dict.fromkeys(joined, joined)
+  return together
+
+
+def _stage_of(kind: str) -> int:
+  """Kernels open first, then depths, then widths."""
+  return 0 if kind == "kernel" else 1 if is_depth(kind) else 2
 
 
 def _whole(share: int, closed: dict[str, int]) -> dict[str, Any]:

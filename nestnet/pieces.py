@@ -222,11 +222,14 @@ def _layer_piece(name: str, layer: nn.Module, x: Any, constants: Any, remat: boo
   module = layer.clone(parent=None, name=None)
 
   def run(variables, x, constants, arrays, **options):
-    return module.apply(variables, x, constants, **arrays, **fixed, **options)
+    def apply(variables, x, constants, arrays):
+      return module.apply(variables, x, constants, **arrays, **fixed, **options)
+
+    return (jax.checkpoint(apply) if remat else apply)(variables, x, constants, arrays)
 
   inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, dict(constants), arrays))
   outputs, variables = _made(_Fixed(module, fixed), *inputs)
-  return Piece(name, jax.checkpoint(run) if remat else run, variables, inputs, outputs)
+  return Piece(name, run, variables, inputs, outputs)
 
 
 class _Fixed:

@@ -69,7 +69,7 @@ class Predictor:
     space: The family.
     module: The MLP.
     params: Its parameters.
-    mean: What its output is added to: the mean of the accuracies that it learned.
+    mean: What its output, at first around 0, is added to: the mean of the accuracies that it learned.
     scale: What its output is multiplied by: their standard deviation.
   """
 
@@ -122,9 +122,6 @@ def train(space: Space, members: Sequence[Subnet], accuracies: Sequence[float], 
   size = min(batch_size, len(kept))
   module = MLP(tuple(hidden))
   params = module.init(jax.random.key(seed), codes[:1])
-  # The output begins at the mean.
-  last = f"Dense_{len(hidden)}"
-  params["params"][last]["bias"] = jnp.zeros_like(params["params"][last]["bias"])
   # Decay as a part of the gradient, which is what "Adam with weight decay" meant there.
   optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.adam(1e-3))
   loss = lambda params, x, y: jnp.square(module.apply(params, x) - y).mean()

@@ -110,10 +110,11 @@ def matryoshka_tied(sizes: Sequence[int] = (8, 16, 32, 64)) -> dict[str, Any]:
 def ofa() -> dict[str, Any]:
   """Random members taught by the frozen whole network and by labels (Once-for-All, 1908.09791).
 
-  With `phases("ofa", space)`, the first of which trains that network. The number of members is that of
-  the last stage.
+  With `phases("ofa", space)`, the first of which trains that network; each later one says how many members
+  a step has. Unlike there each member draws a resolution of its own, as in BigNAS, and the teacher sees
+  images at the largest.
   """
-  return _taught(_recipe("ofa", {"name": "uniform", "n": 4, "taught": True, "reduce": "sum", "by": "choices",
+  return _taught(_recipe("ofa", {"name": "uniform", "taught": True, "reduce": "sum", "by": "choices",
                                  "whole": False}, 0.1), 1.0) | {"teacher": "frozen"}
 
 
@@ -122,7 +123,8 @@ def compofa() -> dict[str, Any]:
 
   With `phases("compofa", space)`.
   """
-  return ofa() | {"name": "compofa"}
+  made = ofa()
+  return made | {"name": "compofa", "sampler": made["sampler"] | {"n": 4}}
 
 
 def rss() -> dict[str, Any]:
@@ -204,9 +206,9 @@ _ATTENTIVE = _SGD | {"learning_rate": 0.8, "weight_decay": 1e-5, "clip_value": 1
 OPTIM = {
   "ofa": _SGD, "compofa": _SGD, "deps": _SGD, "attentive_nas": _ATTENTIVE,
   "attentive_nas_worst_up": _ATTENTIVE, "alphanet": _ATTENTIVE,
-  # On batches of 4,096 images; 0.97 every 2.4 of 360 epochs. b2 and epsilon are MnasNet's.
+  # On batches of 4,096 images; 0.97 every 2.4 epochs, of which 355 follow the warm-up. b2 and epsilon are MnasNet's.
   "bignas": {"name": "rmsprop", "learning_rate": 0.256, "schedule": "exponential", "warmup_steps": 0,
-             "warmup_share": 5 / 360, "decay_rate": 0.97, "decay_share": 2.4 / 360, "floor": 0.05,
+             "warmup_share": 5 / 360, "decay_rate": 0.97, "decay_share": 2.4 / 355, "floor": 0.05,
              "momentum": 0.9, "b2": 0.9, "epsilon": 1e-3, "weight_decay": 1e-5, "coupled": True,
              "clip_norm": 0.0},
 }

@@ -7,12 +7,12 @@ costs. It never leaves the family: its couplings, its constraint, its pool.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-import optuna
 
 from nestnet.errors import UserError
 from nestnet.space import Space
@@ -244,6 +244,7 @@ def front(problem: Problem, costs: Sequence[str], *, population: int = 50, trial
   every = problem.listed(population)
   if every is not None:
     return undominated(problem.look(every), costs)
+  optuna = _optuna()
   rng, space = np.random.default_rng((_STREAM, seed)), problem.space
   optuna.logging.set_verbosity(optuna.logging.WARNING)
   sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
@@ -265,6 +266,16 @@ def front(problem: Problem, costs: Sequence[str], *, population: int = 50, trial
       # What exceeds a budget is compared by its excess alone.
       study.tell(trial, (accuracies.get(member, 0.0), *(problem.cost(name, member) for name in costs)))
   return undominated(problem.seen.values(), costs)
+
+
+def _optuna():
+  """Only this search needs it."""
+  try:
+    import optuna
+  except ModuleNotFoundError as error:
+    raise UserError(f"NSGA-II needs Optuna: {error}; allowed: an environment after pip install -r "
+                    "requirements.txt, or another method") from error
+  return optuna
 
 
 def undominated(candidates: Iterable[Candidate], costs: Sequence[str]) -> list[Candidate]:
@@ -290,11 +301,14 @@ def fitting(problem: Problem, count: int, rng: np.random.Generator) -> list[Subn
   if len(found) < max(2, count // 4):
     bred = _cheapest(space, [space.smallest, *drawn], problem.excess, count, rng)
     found = list(dict.fromkeys([*found, *(m for m in bred if problem.fits(m))]))[:count]
-  if not found:
-    start = [space.smallest, *drawn]
-    raise problem.infeasible({name: min(problem.cost(name, m) for m in _cheapest(
-      space, start, lambda m: problem.cost(name, m), 20, rng)) for name in problem.budgets})
-  return found
+  if found:
+    return found
+  cheapest = {name: _cheapest(space, [space.smallest, *drawn], functools.partial(problem.cost, name), 20, rng)
+              for name in problem.budgets}
+  if found := [m for members in cheapest.values() for m in members if problem.fits(m)]:
+    return list(dict.fromkeys(found))[:count]
+  raise problem.infeasible({name: min(problem.cost(name, m) for m in members)
+                            for name, members in cheapest.items()})
 
 
 def _cheapest(space: Space, start: Iterable[Subnet], cost: Callable[[Subnet], float], count: int,

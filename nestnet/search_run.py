@@ -91,7 +91,7 @@ def search_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bud
   # Whether anything fits is said before time is spent on a predictor.
   probe = Problem(searched.space, searched.measured, functions, budgets)
   if budgets and probe.listed(population) is None:
-    fitting(probe, 1, np.random.default_rng(seed))
+    fitting(probe, population, np.random.default_rng(seed))
   ask = searched.measured if measured else searched.predictor(samples, quality)
   problem = Problem(searched.space, ask, functions, budgets)
   found = _found(problem, method, against, population, generations, seed, measured)

@@ -37,7 +37,7 @@ def test_bignas_ends_at_a_twentieth():
   assert warmup == 5 * epoch
   rate = optim.schedule(options["schedule"], 0.256, warmup, steps, **{
     k: options[k] for k in ("decay_rate", "decay_share", "floor")})
-  fall = 2.4 / 360 * (steps - warmup)
+  fall = 2.4 * epoch
   for falls in (1, 10, 98):
     np.testing.assert_allclose(rate(warmup + int(np.ceil(falls * fall))), 0.256 * 0.97 ** falls, rtol=1e-5)
   for falls in (99, 149):

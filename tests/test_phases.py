@@ -52,6 +52,26 @@ def test_stages_that_would_open_nothing_are_left_out():
   assert len(recipes.phases("ofa", dict(layers=(2,), mlp=(8,)))) == 1
 
 
+def test_what_is_coupled_opens_together_and_in_the_end_all_is_open():
+  """Depths coupled with widths open with these; a kind of one size keeps nothing closed."""
+  coupled = dict(couple={"layers_1 expand_1": ((2, 3), (3, 4), (4, 6))}, kernel_1=(3, 5), embed=(8,))
+  made = recipes.phases("ofa", coupled)
+  assert [(phase["share"], phase["open"]) for phase in made] == [
+    (180, {"layers": 1, "expand": 1, "kernel": 1}), (125, {"layers": 1, "expand": 1}),
+    (25, {"layers": 2, "expand": 2}), (125, {})]
+  assert [Space(**phases.opened(coupled, phase["open"])).size for phase in made] == [1, 2, 4, 6]
+  deep = dict(layers=(2, 3), mlp=(8, 16), couple={"embed heads": ((8, 2), (16, 4))}, kernel=(3,))
+  assert [phase["open"] for phase in recipes.phases("ofa", deep)][-1] == {}
+  chained = dict(couple={"layers embed": ((1, 8), (2, 16))}, kernel=(3, 5))
+  assert [phase["open"] for phase in recipes.phases("ofa", chained)] == [
+    {"layers": 1, "embed": 1, "kernel": 1}, {"layers": 1, "embed": 1}, {}]
+
+
+def test_resolutions_are_open_as_soon_as_members_are_drawn():
+  made = recipes.phases("ofa", dict(layers=(1, 2), resolution=(8, 12)))
+  assert [(phase["open"], phase.get("enter")) for phase in made] == [({"layers": 1}, None), ({}, None)]
+
+
 def test_compofa_opens_its_coupled_space_at_once():
   space = dict(couple={"layers_1 expand_1": ((2, 3), (3, 4), (4, 6))}, kernel_1=(7,))
   made = recipes.phases("compofa", space)
@@ -71,6 +91,9 @@ def test_deps_has_one_schedule_over_its_phases():
 
 @pytest.mark.parametrize("call, message", [
   (lambda: phases.lengths([{"steps": 2}, {"steps": 3}], 6), r"add up to train.steps=6, got \[2, 3\].*share"),
+  (lambda: phases.lengths([{"steps": -1}, {"steps": 7}], 6), r"add up to train.steps=6, got \[-1, 7\]"),
+  (lambda: phases.lengths([{"steps": 2.0}, {"steps": "a"}], 6), r"got \[2.0, 'a'\]"),
+  (lambda: phases.opened(MOBILE, ["layers"]), r"open: got \['layers'\], allowed is a number of choices by axis"),
   (lambda: phases.lengths([{"steps": 2}, {"share": 3}], 6), r"shares \[None, 3\] and steps \[2, None\]"),
   (lambda: phases.lengths([{"share": 2}, {"share": 0}], 6), r"a share above 0 for each"),
   (lambda: phases.lengths([{"share": 1}] * 3, 2), "train.steps=2.*each of the 3 phases"),

@@ -7,7 +7,7 @@ import pytest
 
 from nestnet import Space, Subnet, errors
 from nestnet.search import (
-  Candidate, Problem, coarse, coarse_to_fine, cross, evolve, front, mutate, random, undominated)
+  Candidate, Problem, coarse, coarse_to_fine, cross, evolve, fitting, front, mutate, random, undominated)
 
 SPACE = Space(layers=(1, 2, 3), couple={"embed heads": ((8, 1), (8, 2), (16, 2))}, mlp=(8, 16, 32),
               per_layer=("mlp",))
@@ -112,6 +112,16 @@ def test_a_budget_that_few_fit_is_met():
   assert widths(found.subnet) == (8,) * 12
   with pytest.raises(errors.UserError, match="the cheapest: volume 768"):
     evolve(problem({"volume": 767}, deep), population=10)
+
+
+def test_a_budget_that_can_be_met_is_not_refused():
+  """Though the smallest member exceeds it and few others do not."""
+  tied = Space(couple={f"embed_{i} heads_{i}": ((8, 8), (16, 2)) for i in range(10)})
+  cost = lambda m: float(sum(m[f"embed_{i}"] for i in range(10)))
+  for seed in range(8):
+    tight = Problem(tied, lambda members: [0.0] * len(members), {"embed": cost}, {"embed": 96})
+    (found,) = fitting(tight, 1, np.random.default_rng(seed))
+    assert cost(found) <= 96
 
 
 @pytest.mark.parametrize("costs", [["volume"], ["volume", "heads"]], ids=str)
