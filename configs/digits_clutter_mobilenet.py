@@ -19,14 +19,22 @@ CHOICES = dict(layers=(1, 2, 3), expand=(2, 3, 4), kernel=(3, 5))
 def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.model = dict(name="SmallMobileNet")
+  # Dropout, zeros and smoothed labels for every method, lest they decide a comparison.
+  config.model = dict(name="SmallMobileNet", dropout=0.1, zero_gamma=True)
   config.space = {f"{axis}_{s}": sizes for axis, sizes in CHOICES.items() for s in STAGES}
   # Free in every block. Without this the blocks of a stage have one of each.
   config.space.per_layer = tuple(f"{axis}_{s}" for axis in ("expand", "kernel") for s in STAGES)
+  shown = ((1, 2, 3), (2, 3, 3), (2, 3, 5), (3, 4, 5))
+  if method == "compofa":
+    # Depth and expansion of a stage go together; kernels are not elastic.
+    config.space = {f"kernel_{s}": (5,) for s in STAGES}
+    config.space.couple = {f"layers_{s} expand_{s}": ((1, 2), (2, 3), (3, 4)) for s in STAGES}
+    shown = ((1, 2, 5), (2, 3, 5), (3, 4, 5))
   # What the table shows of the space.
-  config.space.pool = tuple(",".join(f"layers_{s}={d},expand_{s}={e},kernel_{s}={k}" for s in STAGES)
-                            for d, e, k in ((1, 2, 3), (2, 3, 3), (2, 3, 5), (3, 4, 5)))
+  config.space.pool = tuple(
+    ",".join(f"layers_{s}={d},expand_{s}={e},kernel_{s}={k}" for s in STAGES) for d, e, k in shown)
   config.recipe = recipes.recipe(method)
+  config.recipe["objective"]["label_smoothing"] = 0.1
   if "whole" in config.recipe["sampler"]:
     config.recipe["sampler"]["whole"] = True
   if several := recipes.phases(method, config.space):

@@ -19,7 +19,8 @@ WIDTHS = tuple(f"width_{s}" for s in ("stem", 0, *STAGES))
 def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.model = dict(name="SmallResNet")
+  # Dropout, zeros and smoothed labels for every method, lest they decide a comparison.
+  config.model = dict(name="SmallResNet", dropout=0.1, zero_gamma=True)
   config.space = {f"{axis}_{s}": sizes for axis, sizes in CHOICES.items() for s in STAGES}
   # Free in every block.
   config.space.per_layer = tuple(f"expand_{s}" for s in STAGES)
@@ -29,7 +30,12 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config.space.pool = tuple(
     ",".join([*(f"layers_{s}={d},expand_{s}={e}" for s in STAGES), *(f"{axis}={w}" for axis in WIDTHS)])
     for d, e, w in ((1, 50, 50), (3, 100, 50), (2, 50, 100), (3, 100, 100)))
+  if method == "compofa":
+    # Depth and expansion of a stage go together.
+    config.space = {"couple": dict(config.space.couple) | {
+      f"layers_{s} expand_{s}": ((1, 50), (3, 100)) for s in STAGES}, "pool": config.space.pool[:2]}
   config.recipe = recipes.recipe(method)
+  config.recipe["objective"]["label_smoothing"] = 0.1
   if "whole" in config.recipe["sampler"]:
     config.recipe["sampler"]["whole"] = True
   if several := recipes.phases(method, config.space):

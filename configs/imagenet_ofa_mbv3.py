@@ -46,7 +46,8 @@ def get_config(method: str = "ofa") -> ml_collections.ConfigDict:
     config.phases = several
   # What `experiments.plan` needs to know of the images; checked against them where they are read.
   config.data = dict(name="imagenet2012", data_dir="", augment="none", shape=(224, 224, 3), classes=1000)
-  config.optim = recipes.optim(method)
+  # Methods that come without one take Once-for-All's.
+  config.optim = recipes.optim(method if method in recipes.OPTIM else "ofa")
   # Global batch, in images.
   batch = BATCH.get(method, 2048)
   config.train = dict(steps=EPOCHS.get(method, 360) * 1_281_167 // batch, batch_size=batch,

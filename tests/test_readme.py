@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from nestnet import cli
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -38,6 +40,13 @@ def test_the_idea_runs():
 def test_named_files_exist():
   for path in re.findall(r"`((?:nestnet|configs|docs)/[\w/]+\.?\w*)", README):
     assert (ROOT / path).exists(), path
+
+
+def test_named_configs_load():
+  named = re.findall(r"(configs/\w+\.py(?::\w+)?)", README)
+  assert len(set(named)) > 10
+  for spec in set(named):
+    assert cli.load_config(str(ROOT / spec)).recipe.name in (spec.partition(":")[2] or "sandwich", "ofa"), spec
 
 
 @pytest.fixture(scope="module")

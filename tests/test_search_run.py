@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
-from nestnet import cli, errors, evaluation, report, runs, search_run
+from nestnet import cli, errors, evaluation, predict, report, runs, search_run
 from nestnet.data import load
 
 DEFAULT = pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits_vit.py"
@@ -67,3 +68,34 @@ def test_latency_is_a_budget_and_its_table_is_kept(finished, tmp_path):
   assert again["row"] == result["row"] and (finished / "latency.json").read_text() == table
   with pytest.raises(errors.UserError, match="latency_ms of at most 1e-09; the cheapest: latency_ms "):
     search_run.search_run(finished, tmp_path, {"latency_ms": 1e-9}, beyond_pool=True)
+
+
+@pytest.mark.slow
+def test_a_predictor_is_judged_on_members_it_did_not_learn_and_its_best_are_measured(
+    finished, tmp_path_factory, tmp_path):
+  run, _, _ = runs.opened(finished)
+  config = cli.load_config(str(DEFAULT))
+  with config.unlocked():
+    config.update(run.config)
+    config.space.update(layers=(1, 2), embed=(8, 16), mlp=(4, 8, 12, 16), per_layer=("mlp",), pool=())
+  workdir = tmp_path_factory.mktemp("runs") / "many"
+  assert runs.train(config, workdir, show_progress=False)
+  result = search_run.search_run(workdir, tmp_path, {"params": 2600}, accuracy="predicted", samples=30,
+                                 population=8, generations=3, seed=5)
+  run, step, state = runs.opened(workdir)
+  space = run.supernet.space
+  members = predict.drawn(space, 30, 5)
+  known = {row["subnet"]: row["validation_accuracy"] for row in map(
+    json.loads, (workdir / f"members_{step}.jsonl").read_text().splitlines())}
+  accuracies = [known[str(m)] for m in members]
+  made = predict.train(space, members[6:], accuracies[6:], 5)
+  assert result["predictor"] == predict.quality(made(members[:6]), accuracies[:6]) | {
+    "held_out": 6, "learned_from": 24}
+  # Found are the best by prediction, with what they were taken for, and measured.
+  found = [row["subnet"] for row in result["found"]]
+  assert len(set(found)) == search_run.VERIFIED and all(row["params"] <= 2600 for row in result["found"])
+  taken_for = [row["searched_accuracy"] for row in result["found"]]
+  np.testing.assert_allclose(taken_for, made([space.subnet(text) for text in found]), rtol=1e-5)
+  assert taken_for == sorted(taken_for, reverse=True)
+  assert result["row"]["validation_accuracy"] == max(row["validation_accuracy"] for row in result["found"])
+  assert "Kendall's tau" in (tmp_path / "search.md").read_text()
