@@ -8,7 +8,7 @@ because nothing but the seed and the step decides.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
@@ -23,6 +23,8 @@ Member = Subnet | tuple[Subnet, ...]
 FIXED_LIMIT = 8
 # Keeps the draws apart from those of the data, which has streams of its own.
 _STREAM = 7
+# Of a member that differs from the others of its step.
+_DRAWS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +116,11 @@ def largest(space: Space, seed: int) -> Sampler:
 
 def sandwich(space: Space, seed: int, *, random: int = 2, candidates: int = 1, reduce: str = "sum",
              by: str = "choices", regularise: str = "largest") -> Sampler:
-  """Largest, `random` random ones and the smallest (US-Nets, 1903.05134, section 3.2; BigNAS,
+  """Largest, `random` other random ones and the smallest (US-Nets, 1903.05134, section 3.2; BigNAS,
   2003.11142, section 3.1).
 
-  The largest learns from the labels and comes first; the others are taught by its outputs.
+  The largest learns from the labels and comes first; the others are taught by its outputs. They all differ
+  where the family has so many.
 
   Args:
     space: The family.
@@ -132,14 +135,25 @@ def sandwich(space: Space, seed: int, *, random: int = 2, candidates: int = 1, r
   regularised = regularise == "all"
 
   def terms(step):
-    drawn = (tuple(space.sample((_STREAM, seed, step, 1 + i, 1 + j), by=by)
-                     for j in range(candidates))
-             for i in range(random))
+    taken, drawn = {space.largest, space.smallest}, []
+    for i in range(random):
+      drawn.append(tuple(_another(space, (_STREAM, seed, step, 1 + i, 1 + j), by, taken)
+                         for j in range(candidates)))
+      taken.update(drawn[-1])
     small = (*drawn, (space.smallest,))
     return _weighted(reduce, (Term((space.largest,)), *(
       Term(c, taught=True, regularised=regularised) for c in small)))
 
   return Sampler(terms, fixed=random == 0)
+
+
+def _another(space: Space, key: Sequence[int], by: str, taken: Container[Subnet]) -> Subnet:
+  """A random member that is not taken; any, where so many draws give none."""
+  rng = np.random.default_rng(key)
+  for _ in range(_DRAWS):
+    if (member := space.sample(rng, by=by)) not in taken:
+      break
+  return member
 
 
 def sorted_nested(space: Space, seed: int, *, n: int = 4, reduce: str = "sum",
