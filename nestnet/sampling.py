@@ -8,7 +8,7 @@ because nothing but the seed and the step decides.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
@@ -24,6 +24,8 @@ Member = Subnet | tuple[Subnet, ...]
 FIXED_LIMIT = 8
 # Keeps the draws apart from those of the data, which has streams of its own.
 _STREAM = 7
+# Of a member that differs from the others of its step.
+_DRAWS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +164,11 @@ def largest(space: Space, seed: int) -> Sampler:
 
 def sandwich(space: Space, seed: int, *, random: int = 2, candidates: int = 1, reduce: str = "sum",
              by: str = "choices", regularise: str = "largest") -> Sampler:
-  """Largest, `random` random ones and the smallest (US-Nets, 1903.05134, section 3.2; BigNAS,
+  """Largest, `random` other random ones and the smallest (US-Nets, 1903.05134, section 3.2; BigNAS,
   2003.11142, section 3.1).
 
-  The largest learns from the labels and comes first; the others are taught by its outputs.
+  The largest learns from the labels and comes first; the others are taught by its outputs. They all differ
+  where the family has so many.
 
   Args:
     space: The family.
@@ -176,8 +179,8 @@ def sandwich(space: Space, seed: int, *, random: int = 2, candidates: int = 1, r
     by: How to draw, as in `Space.sample`.
     regularise: Dropout and drop path on the `"largest"` only (BigNAS), or on `"all"`.
   """
-  def draw(step, i):
-    return tuple(space.sample((_STREAM, seed, step, 1 + i, 1 + j), by=by) for j in range(candidates))
+  def draw(step, i, taken):
+    return tuple(_another(space, (_STREAM, seed, step, 1 + i, 1 + j), by, taken) for j in range(candidates))
 
   return _sandwich(space, random, draw, reduce, regularise)
 
@@ -202,20 +205,33 @@ def attentive(space: Space, seed: int, *, random: int = 2, candidates: int = 3, 
     context: Says what members cost.
   """
   drawn = by_bucket(space, context.cost, buckets, table)
-  return _sandwich(space, random, lambda step, i: drawn((_STREAM, seed, step, 1 + i), candidates), reduce,
+  return _sandwich(space, random, lambda step, i, _: drawn((_STREAM, seed, step, 1 + i), candidates), reduce,
                    regularise)
 
 
-def _sandwich(space: Space, random: int, draw: Callable[[int, int], tuple[Subnet, ...]], reduce: str,
-              regularise: str) -> Sampler:
+def _sandwich(space: Space, random: int, draw: Callable[[int, int, set[Subnet]], tuple[Subnet, ...]],
+              reduce: str, regularise: str) -> Sampler:
   _check("regularise", regularise, ("largest", "all"))
 
   def terms(step):
-    small = (*(draw(step, i) for i in range(random)), (space.smallest,))
+    taken, small = {space.largest, space.smallest}, []
+    for i in range(random):
+      small.append(draw(step, i, taken))
+      taken.update(small[-1])
+    small.append((space.smallest,))
     return _weighted(reduce, (Term((space.largest,)), *(
       Term(c, taught=True, regularised=regularise == "all") for c in small)))
 
   return Sampler(terms, fixed=random == 0)
+
+
+def _another(space: Space, key: Sequence[int], by: str, taken: Container[Subnet]) -> Subnet:
+  """A random member that is not taken; any, where so many draws give none."""
+  rng = np.random.default_rng(key)
+  for _ in range(_DRAWS):
+    if (member := space.sample(rng, by=by)) not in taken:
+      break
+  return member
 
 
 def uniform(space: Space, seed: int, *, n: int = 1, taught: bool = True, reduce: str = "sum",

@@ -70,12 +70,24 @@ def test_sum_or_mean(name, options, n):
     assert [t.weight for t in terms] == n * [weight]
 
 
-@pytest.mark.parametrize("name, position", [("sandwich", 1), ("sandwich", 2), ("sorted_nested", 0),
-                                            ("sorted_nested", 3)])
-def test_random_members_are_uniform(name, position):
+OTHERS = set(SPACE) - {SPACE.largest, SPACE.smallest}
+
+
+@pytest.mark.parametrize("name, position, members", [
+  ("sandwich", 1, OTHERS), ("sandwich", 2, OTHERS), ("sorted_nested", 0, set(SPACE)),
+  ("sorted_nested", 3, set(SPACE))], ids=str)
+def test_random_members_are_uniform(name, position, members):
   seen = counts(sampler(name, SPACE, 1), position)
-  assert set(seen) == set(SPACE)
-  assert all(near(n, 1 / 6) for n in seen.values())
+  assert set(seen) == members
+  assert all(near(n, 1 / len(members)) for n in seen.values())
+
+
+def test_members_of_a_sandwich_differ_while_there_are_others():
+  for random, distinct in ((2, 4), (4, 6), (5, 6)):
+    drawn = sampler("sandwich", SPACE, 1, random=random)
+    for step in range(50):
+      members = [t.candidates[0] for t in drawn.terms(step)]
+      assert len(members) == random + 2 and len(set(members)) == distinct
 
 
 def test_positions_of_a_step_are_independent():
@@ -84,7 +96,7 @@ def test_positions_of_a_step_are_independent():
   assert near(sum(a == b for a, b in pairs), 1 / 6)
   both = sampler("sandwich", SPACE, 1, candidates=2)
   pairs = [both.terms(s)[1].candidates for s in range(STEPS)]
-  assert near(sum(a == b for a, b in pairs), 1 / 6)
+  assert near(sum(a == b for a, b in pairs), 1 / 4)
 
 
 def test_uniform_by_choices_or_by_members():
