@@ -8,8 +8,8 @@ from absl import flags
 from nestnet import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-SUBNETS = flags.DEFINE_string("subnets", "", "sub-networks joined by ';'; the space or a sample of it "
-                              "by default. Axes left out are as large as they may be")
+SUBNETS = flags.DEFINE_string("subnets", "", "sub-networks joined by ';', such as 'smallest;layers=2', with "
+                              "the largest of what is left out; the space or a sample of it by default")
 BATCHES = flags.DEFINE_list("calibration_batches", [], "instead, accuracy by the number of batches that "
                             "calibrate, such as 0,1,4,16: of the smallest sub-network, or of --subnets")
 
@@ -17,13 +17,14 @@ BATCHES = flags.DEFINE_list("calibration_batches", [], "instead, accuracy by the
 def main(argv):
   del argv
   from nestnet import evaluation, report, runs
+  from nestnet.subnet import folded
   run, step, state = runs.opened(WORKDIR.value)
   space = run.supernet.space
   texts = [text for text in SUBNETS.value.split(";") if text.strip()]
   if BATCHES.value:
     for member in [space.subnet(text) for text in texts] or [space.smallest]:
       rows = evaluation.by_calibration(run, state, member, BATCHES.value)
-      print(f"{member}\n{evaluation.calibration_table(rows)}")
+      print(f"{folded(member)}\n{evaluation.calibration_table(rows)}")
     return
   members = [space.subnet(text) for text in texts] or evaluation.evaluated(space)
   rows = evaluation.evaluate(run, state, members, show_progress=True)

@@ -10,7 +10,8 @@ from nestnet import cli
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 OUT = flags.DEFINE_string("out", None, "folder to write; an extracted network there is replaced",
                           required=True)
-SUBNET = flags.DEFINE_string("subnet", None, "which one, such as 'layers=2,embed=32'; or give a budget")
+SUBNET = flags.DEFINE_string("subnet", None, "which one, such as 'layers=2,embed=32', smallest or largest; "
+                             "or give a budget")
 PARAMS = flags.DEFINE_float("max_params", None, "at most so many parameters")
 FLOPS = flags.DEFINE_float("max_flops", None, "at most so many FLOPs for an image")
 LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many milliseconds for an image, here")

@@ -7,13 +7,16 @@ import io
 import itertools
 import os
 import statistics
+import textwrap
 
 from matplotlib import axes as mpl_axes
 from matplotlib import figure
+from matplotlib import text
 from matplotlib import ticker
 
 from nestnet import files
 from nestnet import report
+from nestnet.subnet import folded
 
 # Okabe and Ito's palette: distinct under every common form of colour blindness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -24,7 +27,8 @@ _NAMES = {"params": "parameters", "flops": "FLOPs"}
 
 def pareto_chart(
     path: str | os.PathLike[str], rows: Sequence[report.Row], cost: str = "params",
-    metric: str = "accuracy", title: str = "One network, many sizes", budget: str = "") -> None:
+    metric: str = "accuracy", title: str = "One network, many sizes", budget: str = "",
+    found: str = "") -> None:
   """Draws accuracy against cost for every subnet, and the front of the best.
 
   Where every row has the metric on the validation split too (`validation_accuracy`), that decides
@@ -37,10 +41,15 @@ def pareto_chart(
     metric: key of the vertical axis, a fraction shown in percent.
     title: heading.
     budget: caption: what was spent on these numbers (steps, images, training FLOPs, seeds).
+    found: text of the subnet that is marked as found; none by default.
 
   Raises:
     ValueError: no rows, or a row lacks one of the two keys.
   """
+  _finish(_pareto(rows, cost, metric, found), path, title, budget)
+
+
+def _pareto(rows: Sequence[report.Row], cost: str, metric: str, found: str) -> figure.Figure:
   if not rows:
     raise ValueError("a chart needs at least one row, got none")
   front, best = _front(rows, cost, metric)
@@ -54,13 +63,18 @@ def pareto_chart(
   costs = [row[cost] for row in rows]
   _cost_axis(axes, _NAMES.get(cost, cost.replace("_", " ")), log=max(costs) > 10 * min(costs))
   axes.set_ylabel(f"{metric.replace('_', ' ')} (%)")
-  # Room above and below the points, where labels cover none of them.
-  axes.margins(y=0.25)
-  _label(axes, min(rows, key=lambda row: row[cost]), cost, metric, "smallest")
+  smallest, largest = (pick(rows, key=lambda row: row[cost]) for pick in (min, max))
+  labels = [_label(axes, smallest, cost, metric, "smallest")]
   if len(rows) > 1:
-    _label(axes, max(rows, key=lambda row: row[cost]), cost, metric, "largest")
-  axes.legend(loc="lower right", frameon=False, fontsize=9)
-  _finish(chart, path, title, budget)
+    labels.append(_label(axes, largest, cost, metric, "largest"))
+  for row in (row for row in rows if row["subnet"] == found):
+    axes.plot(row[cost], 100 * row[metric], "*", color=_COLOURS[1], markersize=13,
+              label=f"found: {_point(row, cost, metric)}")
+  legend = axes.legend(loc="lower right", frameon=False, fontsize=9)
+  # Room above and below the points, where neither covers any of them.
+  lines = max(len(legend.get_texts()), *(label.get_text().count("\n") + 1 for label in labels))
+  axes.margins(y=lines / 8)
+  return chart
 
 
 def compare_chart(
@@ -158,13 +172,18 @@ def _cost_axis(axes: mpl_axes.Axes, name: str, log: bool) -> None:
   axes.xaxis.set_major_formatter(lambda value, _: report.human(value).replace(".0", ""))
 
 
-def _label(axes: mpl_axes.Axes, row: report.Row, cost: str, metric: str, which: str) -> None:
+def _point(row: report.Row, cost: str, metric: str) -> str:
+  return f"{report.human(row[cost])} {_NAMES.get(cost, cost.replace('_', ' '))}, {100 * row[metric]:.1f}%"
+
+
+def _label(
+    axes: mpl_axes.Axes, row: report.Row, cost: str, metric: str, which: str) -> text.Annotation:
   """Names the smallest subnet below all points, the largest above them."""
   low = which == "smallest"
-  fields = row["subnet"].replace(",", ", ")
-  axes.annotate(
-      f"{which}: {report.human(row[cost])} {_NAMES.get(cost, cost)}, {100 * row[metric]:.1f}%\n"
-      f"{fields}",
+  # Beside the legend a line has room for so many characters.
+  fields = textwrap.fill(folded(row["subnet"]).replace(",", ", "), 44, max_lines=3, placeholder=" ...")
+  return axes.annotate(
+      f"{which}: {_point(row, cost, metric)}\n{fields}",
       xy=(row[cost], 100 * row[metric]), xytext=(0.02 if low else 0.98, 0.03 if low else 0.97),
       textcoords="axes fraction", ha="left" if low else "right", va="bottom" if low else "top",
       fontsize=8, linespacing=1.4, arrowprops=dict(arrowstyle="-", color=_GREY, linewidth=0.8))
@@ -178,8 +197,10 @@ def _finish(
     axes.grid(color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-  chart.suptitle(title, fontsize=13, fontweight="bold")
-  chart.supxlabel(caption, fontsize=8.5, color="#555555")
+  # An inch has room for so many characters of these sizes.
+  width = chart.get_figwidth()
+  chart.suptitle(textwrap.fill(title, int(8.5 * width)), fontsize=13, fontweight="bold")
+  chart.supxlabel(textwrap.fill(caption, int(15 * width)), fontsize=8.5, color="#555555")
   png = io.BytesIO()
   chart.savefig(png, format="png", dpi=200)
   files.atomic_write(path, png.getvalue())

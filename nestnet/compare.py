@@ -23,7 +23,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.files import atomic_write
 from nestnet.jobs import BASELINE, Task, train_all
 from nestnet.sampling import FIXED_LIMIT
-from nestnet.subnet import Subnet
+from nestnet.subnet import Subnet, kind_of
 from nestnet.timing import hardware
 
 BUDGETS = ("equal steps", "equal FLOPs")
@@ -178,6 +178,11 @@ def _axes(family: tuple[str, ...]) -> list[str]:
   return list(Subnet.parse(family[0]))
 
 
+def _kinds(family: tuple[str, ...]) -> list[str]:
+  """Its axes, those of all stages in one."""
+  return list(dict.fromkeys(map(kind_of, _axes(family))))
+
+
 def _task(config: dict[str, Any], seed: int, root: pathlib.Path, family: tuple[str, ...],
           sizes: tuple[str, ...], network: str, budgets: tuple[str, ...], flops: float) -> Task:
   recipe, steps = config["recipe"]["name"], config["train"]["steps"]
@@ -278,8 +283,8 @@ def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: 
            "- Steps and training FLOPs of recipes that draw at random are means over seeds."]
   for number, family in enumerate(dict.fromkeys(task.family for task in tasks)):
     results = [result(record) for record in records if tuple(record["family"]) == family]
-    axes = ", ".join(_axes(family))
-    chart = page.with_name(page.stem + ("_" + "_".join(_axes(family)) if number else "") + ".png")
+    axes = ", ".join(_kinds(family))
+    chart = page.with_name("_".join([page.stem, *(_kinds(family) if number else [])]) + ".png")
     shared = f"{len(seeds)} seeds, batch {config['train']['batch_size']}, mean and 95% interval"
     charts.compare_chart(chart, results, f"{config['data']['name']}: sizes along {axes}", shared)
     part = [report.compare_table(results)]

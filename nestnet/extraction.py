@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nestnet import cost, evaluation, report, runs
+from nestnet import cost, evaluation, provenance, report, runs
 from nestnet.build import Run
 from nestnet.calibrate import average, moments
 from nestnet.data import arrays
@@ -107,16 +107,14 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
   member = run.supernet.space.subnet(row["subnet"])
   images = evaluation.calibration(run, run.supernet)
   module, variables = evaluation.member(run.step, state, member, images)
-  provenance = {
+  record = {
     "subnet": str(member), "sizes": dict(member), "parent": {"run": str(workdir), "step": step},
     "space": run.supernet.space.to_json(), "recipe": run.config["recipe"],
-    "trained": (not run.step.recipe.sampler.whole and [str(m) for m in run.supernet.space.pool]
-                or "the whole space"),
-    "data": run.config["data"], "costs_and_metrics": row}
+    "trained": provenance.trained(run, step), "data": run.config["data"], "costs_and_metrics": row}
   own = take(state.trained["objective"], run.step.axes["objective"], member,
              run.supernet.space.groups, strict=False)
   differences = []
-  save(out, module, jax.device_get(variables), provenance,
+  save(out, module, jax.device_get(variables), record,
        beside={"objective": jax.device_get(own)} if jax.tree.leaves(own) else None,
        check=lambda folder: differences.append(verify(run, state, member, folder, images)))
   return row, differences[0]

@@ -150,12 +150,14 @@ def train(space: Space, members: Sequence[Subnet], accuracies: Sequence[float], 
 def quality(predicted: Sequence[float], accuracies: Sequence[float]) -> dict[str, float]:
   """Kendall's tau of the order, and the root of the mean squared error.
 
+  Where all predictions are equal, or all accuracies, there is no order to be right about: tau is 0.
+
   Example:
     >>> quality([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
     {'kendall_tau': 1.0, 'rmse': 0.0}
   """
   tau = float(stats.kendalltau(predicted, accuracies).statistic)
-  return {"kendall_tau": round(tau, 12),
+  return {"kendall_tau": 0.0 if np.isnan(tau) else round(tau, 12),
           "rmse": float(np.sqrt(np.mean(np.square(np.subtract(predicted, accuracies)))))}
 
 

@@ -1,7 +1,8 @@
 """What users read: rows of subnets as files and tables, and comparisons of recipes.
 
 A row is a dict with `subnet` (text form), `params`, `flops`, and metrics by name. Metrics whose
-name ends in `accuracy` are fractions from 0 to 1 and are shown in percent.
+name ends in `accuracy` are fractions from 0 to 1 and are shown in percent. Tables say equal sizes of
+all stages once, as `Space.subnet` reads them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from scipy import special
 
 from nestnet import errors
 from nestnet import files
+from nestnet.subnet import folded
 
 Row = Mapping[str, Any]
 _KEYS = ("subnet", "params", "flops")
@@ -224,7 +226,7 @@ def compare_table(results: Sequence[Result]) -> str:
     for size in grid.sizes:
       cells = grid.row(size, lambda result: interval(result.accuracies))
       best = max(round(1e3 * mean) for mean, _ in cells.values())
-      lines.append([size[2], human(size[0]), human(size[1])] + [
+      lines.append([folded(size[2]), human(size[0]), human(size[1])] + [
           _estimate(cells.get(recipe), lambda mean, _: round(1e3 * mean) == best)
           for recipe in grid.recipes])
     spent = [f"- {recipe}: {_spent(grid.of(recipe))}" for recipe in grid.recipes]
@@ -252,7 +254,7 @@ def difference_table(results: Sequence[Result], baseline: str = "separate") -> s
       reference = grid.cells.get((baseline, size))
       cells = {} if reference is None else grid.row(
           size, lambda result: paired_difference(result.accuracies, reference.accuracies))
-      lines.append([size[2], human(size[0])] + [
+      lines.append([folded(size[2]), human(size[0])] + [
           _estimate(cells.get(recipe), lambda mean, half: abs(mean) > half, "+z.1f")
           for recipe in others])
     sections.append("\n".join([
@@ -333,7 +335,7 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
   header = ["subnet", "params", "FLOPs", *(metric.replace("_", " ") for metric in metrics)]
   ordered = sorted(rows, key=lambda row: (row["params"], row["flops"], row["subnet"]))
   return [header] + [
-      [row["subnet"], human(row["params"]), human(row["flops"]),
+      [folded(row["subnet"]), human(row["params"]), human(row["flops"]),
        *(_metric(name, row.get(name)) for name in metrics)] for row in ordered]
 
 

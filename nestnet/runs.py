@@ -10,12 +10,13 @@ import functools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from nestnet import charts, evaluation, processes, report, training
+from nestnet import charts, evaluation, processes, provenance, report, training
 from nestnet.build import Run, build
 from nestnet.errors import MissingFileError, UserError
 from nestnet.checkpoint import Checkpoints
@@ -132,6 +133,8 @@ def _identity(run: Run) -> dict[str, Any]:
 def opened(workdir: str | os.PathLike[str]) -> tuple[Run, int, TrainState]:
   """The run in `workdir`, the step of its newest intact checkpoint, and the state.
 
+  Of a run that is not at its end a line on stderr says so, and what has trained.
+
   Raises:
     FileNotFoundError: There is no run, or no checkpoint yet.
     ValueError: The run's files are damaged.
@@ -145,7 +148,10 @@ def opened(workdir: str | os.PathLike[str]) -> tuple[Run, int, TrainState]:
   if found is None:
     raise MissingFileError(f"no checkpoint in {workdir / 'checkpoints'}; train first: python -m "
                            f"experiments.train --config=... --workdir={workdir}")
-  return run, *found
+  step, state = found
+  if line := provenance.unfinished(run, step):
+    print(line, file=sys.stderr, flush=True)
+  return run, step, state
 
 
 def _load(path: pathlib.Path) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from nestnet.errors import UserError
 from nestnet.space import Space
-from nestnet.subnet import Subnet
+from nestnet.subnet import Subnet, kind_of
 
 _STREAM = 13
 _TRIES = 10
@@ -211,7 +210,7 @@ def coarse(space: Space, levels: int = 3) -> list[Subnet]:
   """
   if space.pool:
     return list(space.pool)
-  kinds = [" ".join(re.sub(r"_\d+$", "", axis) for axis in names.split()) for names, _ in space.genes]
+  kinds = [" ".join(map(kind_of, names.split())) for names, _ in space.genes]
   places = {}
   for kind in kinds:
     most = max(size for k, (_, size) in zip(kinds, space.genes) if k == kind)

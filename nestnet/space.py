@@ -12,7 +12,7 @@ import numpy as np
 
 from nestnet.choices import column, joint_rows, partial, plain, weighted
 from nestnet.errors import UserError, one_of
-from nestnet.subnet import Size, Subnet, depth_of, is_depth, kept_count, kept_ids, reach
+from nestnet.subnet import Size, Subnet, depth_of, is_depth, kept_count, kept_ids, reach, unfolded
 
 ENUMERABLE = 100_000
 CANDIDATES = 1_000_000
@@ -300,6 +300,7 @@ class Space:
   def subnet(self, spec: Subnet | Mapping[str, Size] | str) -> Subnet:
     """A member from a partial description; axes that it leaves out are as large as they may be.
 
+    `layers` stands for all of `layers_1`, `layers_2`, ...; the text may be `smallest` or `largest` too.
     Besides members it accepts mixtures of them, which nested training covers too: explicit layer
     ids whose number is a choice of depth, and per-layer lists of sizes that are choices.
 
@@ -310,7 +311,10 @@ class Space:
       >>> str(Space(layers=(2, 4), mlp=(8, 16)).subnet("layers=2"))
       'layers=2,mlp=16'
     """
+    if isinstance(spec, str) and spec.strip() in ("smallest", "largest"):
+      return getattr(self, spec.strip())
     given = Subnet.parse(spec) if isinstance(spec, str) else Subnet(**getattr(spec, "chosen", spec))
+    given = unfolded(given, self.axes)
     self._check_axes(given, whole=False)
     sizes: dict[str, Size] = {}
     for names, rows in self._factors.items():

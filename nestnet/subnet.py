@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -69,6 +69,11 @@ def depth_of(axis: str) -> str:
   """The depth axis whose layers a per-layer `axis` is listed over: `expand_2` -> `layers_2`."""
   stage = re.search(r"_\d+$", axis)
   return "layers" + (stage.group() if stage else "")
+
+
+def kind_of(axis: str) -> str:
+  """What the axes of several stages have in common: `expand_2` -> `expand`."""
+  return re.sub(r"_\d+$", "", axis)
 
 
 def kept_ids(size: Size) -> tuple[int, ...]:
@@ -141,7 +146,7 @@ class Subnet(Mapping[str, Size]):
       if not _VALUE.fullmatch(value):
         raise UserError(
           f"sub-network {text!r}: {item!r} is not axis=size; allowed are a size (layers=4), layer "
-          "ids (layers=0+2+4) and one size a layer (mlp=96:192:96)")
+          "ids (layers=0+2+4) and one size a layer (mlp=96:192:96); of a space, smallest and largest")
       if axis in sizes:
         raise UserError(f"sub-network {text!r}: {axis} is given twice")
       separator = "+" if "+" in value else ":"
@@ -249,6 +254,41 @@ class Subnet(Mapping[str, Size]):
   def to_json(self) -> dict[str, int | list[int]]:
     """A JSON form, read back by `Subnet(**json)`."""
     return {a: list(v) if isinstance(v, tuple) else v for a, v in self._chosen.items()}
+
+
+def folded(subnet: Subnet | str) -> str:
+  """The text of a sub-network for people, in which equal sizes of all stages are said once.
+
+  A space reads it back. A text in which nothing can be folded stays as it is.
+
+  Example:
+    >>> folded("layers_1=2,layers_2=2,expand_1=3:4,expand_2=6,embed=8")
+    'layers=2,expand_1=3:4,expand_2=6,embed=8'
+  """
+  sizes = {axis: mark + size for axis, mark, size in (item.partition("=") for item in str(subnet).split(","))}
+  stages: dict[str, dict[str, str]] = {}
+  for axis, size in sizes.items():
+    stages.setdefault(kind_of(axis), {})[axis] = size
+  same = {kind for kind, own in stages.items()
+          if len(own) > 1 and kind not in own and len(set(own.values())) == 1}
+  shown = {kind if (kind := kind_of(axis)) in same else axis: size for axis, size in sizes.items()}
+  return ",".join(axis + size for axis, size in shown.items())
+
+
+def unfolded(subnet: Subnet, axes: Collection[str]) -> Subnet:
+  """The sub-network with a size that is given for all stages written out for each; that of a stage wins.
+
+  Args:
+    subnet: Some sizes.
+    axes: Of the family.
+
+  Example:
+    >>> str(unfolded(Subnet(layers=2, layers_2=3), ("layers_1", "layers_2", "layers_3")))
+    'layers_1=2,layers_3=2,layers_2=3'
+  """
+  stages = {axis: kind for axis in axes if (kind := kind_of(axis)) not in axes and kind in subnet.chosen}
+  own = {axis: size for axis, size in subnet.chosen.items() if axis not in stages.values()}
+  return Subnet(**{axis: subnet.chosen[kind] for axis, kind in stages.items() if axis not in own}, **own)
 
 
 def _restore(chosen: dict[str, Size]) -> Subnet:

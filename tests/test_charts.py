@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from matplotlib import image
+from matplotlib import text
 import numpy as np
 import pytest
 
@@ -32,6 +33,54 @@ def test_pareto_chart_is_a_sharp_picture_with_ink(tmp_path, count):
   assert pixels.shape[:2] == (920, 1440)
   blue = np.array([0x00, 0x72, 0xB2]) / 255
   assert (np.abs(pixels[..., :3] - blue).max(axis=-1) < 0.01).sum() > 50
+
+
+LONG = [",".join(f"{axis}_{stage}={size}" for axis in ("layers", "expand", "kernel") for stage in range(1, 6))
+        for size in ("1:2:3:4", "2:3:4:5")]
+
+
+@pytest.mark.parametrize("texts", [
+  LONG, [size.replace("_1=1", "_1=9").replace("_1=2", "_1=9") for size in LONG],
+  ["layers=2,embed=48", LONG[0] + ",layers_6=2"]], ids=["folded", "wrapped", "mixed"])
+def test_labels_are_inside_and_cover_neither_points_nor_the_legend(tmp_path, texts):
+  """Of networks with many axes, in charts whose points fill the corners."""
+  middle = [dict(subnet="layers=7", params=i, validation_accuracy=a, accuracy=a)
+            for i, a in ((4, 0.5), (5, 0.9), (30, 0.5), (31, 0.9))]
+  ends = [dict(subnet=size, params=n, validation_accuracy=0.7, accuracy=0.7)
+          for n, size in zip((3, 32), texts)]
+  chart = charts._pareto([*middle, *ends], "params", "accuracy", found="")
+  charts._finish(chart, tmp_path / "a.png", "One network", "100 steps")
+  # At the resolution that extents are told in.
+  chart.draw_without_rendering()
+  (axes,) = chart.axes
+  # Of the text alone: not of the line to its point.
+  labels = [text.Text.get_window_extent(label) for label in axes.texts]
+  legend = axes.get_legend().get_window_extent()
+  points = axes.transData.transform([(row["params"], 100 * row["accuracy"]) for row in [*middle, *ends]])
+  assert len(labels) == 2 and not labels[0].overlaps(labels[1])
+  for label in labels:
+    assert axes.bbox.fully_containsx(label.x0) and axes.bbox.fully_containsx(label.x1)
+    assert axes.bbox.y0 < label.y0 and label.y1 < axes.bbox.y1
+    assert not label.overlaps(legend) and not label.count_contains(points)
+  assert not legend.count_contains(points)
+
+
+def test_long_titles_and_captions_are_not_cut_off(tmp_path):
+  chart = charts._pareto(rows(2), "params", "accuracy", found="")
+  charts._finish(chart, tmp_path / "a.png", "layers_1, " * 15, "budgets " * 40)
+  chart.draw_without_rendering()
+  assert len(chart.texts) == 2
+  for box in (written.get_window_extent() for written in chart.texts):
+    assert 0 < box.x0 and box.x1 < chart.bbox.x1
+
+
+def test_what_is_found_is_marked():
+  for found, entries in ((rows(3)[1]["subnet"], 3), ("", 2)):
+    (axes,) = charts._pareto(rows(3), "flops", "accuracy", found).axes
+    assert len(axes.get_legend().get_texts()) == entries
+  (axes,) = charts._pareto(rows(3), "flops", "accuracy", rows(3)[1]["subnet"]).axes
+  assert axes.lines[-1].get_xydata().tolist() == [[10, 91]]
+  assert axes.get_legend().get_texts()[-1].get_text() == "found: 10 FLOPs, 91.0%"
 
 
 def test_validation_chooses_the_front_where_all_rows_have_it():

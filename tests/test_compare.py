@@ -158,6 +158,21 @@ def test_the_page_has_a_table_for_each_family_and_budget_with_every_cell(tmp_pat
   assert (page.parent / "tiny.png").exists() and (page.parent / "tiny_features.png").exists()
 
 
+def test_the_page_names_the_axes_of_all_stages_once(tmp_path):
+  sizes = tuple(f"layers_1={n},layers_2={n},expand_1=2,expand_2={n}" for n in (1, 2))
+  config = dict(data={"name": "digits"}, train={"batch_size": 8}, model={"name": "M"}, optim={"name": "sgd"})
+  tasks = [jobs.Task("ofa", ("equal steps",), 0, sizes, sizes, config, tmp_path / "run", 1.0)]
+  report.write_rows(tmp_path / "run" / "subnets.json", [
+    dict(subnet=size, params=100 * n, flops=10, seconds=1.0, accuracy=0.5, validation_accuracy=0.5, steps=2,
+         train_flops=1.0) for n, size in enumerate(sizes, 1)])
+  records = compare.gather(tasks, ("equal steps",))
+  assert [record["subnet"] for record in records] == list(sizes)
+  compare.write_page(tmp_path / "page.md", records, tasks, 1, "")
+  text = (tmp_path / "page.md").read_text()
+  assert "## Sizes along layers, expand\n" in text
+  assert "| layers=1,expand_1=2,expand_2=1 |" in text and "| layers=2,expand=2 |" in text
+
+
 @pytest.mark.parametrize("configs, budgets, message", [
   (["truncate"], compare.BUDGETS, "equal FLOPs are those of the recipe 'separate'"),
   (["truncate", "truncate"], ("equal steps",), "each recipe is compared once"),

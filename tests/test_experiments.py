@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -94,6 +95,18 @@ def test_running_again_changes_nothing(finished):
   assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
 
+def test_whoever_looks_at_a_run_before_its_end_is_told(finished, tmp_path, capsys):
+  runs.opened(finished)
+  assert capsys.readouterr().err == ""
+  shutil.copytree(finished, tmp_path / "run")
+  config = json.loads((finished / "config.json").read_text())
+  config["config"]["train"]["steps"] = 8
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  runs.opened(tmp_path / "run")
+  assert capsys.readouterr().err == (
+    "the run is not finished: step 4 of 8; only 2 sub-networks have trained\n")
+
+
 def test_extract_by_a_partial_spec_with_layer_ids(finished, tmp_path):
   row, difference = extraction.extract_run(finished, tmp_path / "out", "layers=+1,embed=8")
   assert difference == 0.0 and row["subnet"] == "layers=+1,embed=8,heads=4,mlp=16"
@@ -107,6 +120,8 @@ def test_extract_by_a_partial_spec_with_layer_ids(finished, tmp_path):
   assert abs(accuracy - row["accuracy"]) < 1e-6
   written = json.loads((tmp_path / "out" / "config.json").read_text())
   assert written["parent"] == {"run": str(finished), "step": 4}
+  # The layers asked for never trained together: these did.
+  assert sorted(written["trained"]) == ["layers=1,embed=8,heads=4,mlp=16", "layers=2,embed=16,heads=4,mlp=16"]
   assert written["costs_and_metrics"]["params"] == row["params"] == sum(
     x.size for x in jax.tree.leaves(variables["params"]))
   assert not (tmp_path / "out" / "objective.safetensors").exists()

@@ -67,6 +67,8 @@ def test_it_begins_at_the_mean_and_is_the_same_again():
 def test_quality():
   found = predict.quality([0.1, 0.2, 0.4], [0.1, 0.3, 0.2])
   assert found["kendall_tau"] == pytest.approx(1 / 3) and found["rmse"] == pytest.approx((0.05 / 3) ** 0.5)
+  constant = predict.quality([0.2, 0.2, 0.2], [0.1, 0.3, 0.2])
+  assert constant["kendall_tau"] == 0.0 and constant["rmse"] == pytest.approx((0.02 / 3) ** 0.5)
 
 
 class Killed(Exception):

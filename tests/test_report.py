@@ -68,6 +68,15 @@ def test_table_is_aligned_sorted_and_marks_missing_metrics():
   assert header.endswith("validation accuracy") and len(header) == len(small) == len(large)
 
 
+def test_tables_say_equal_sizes_of_all_stages_once():
+  staged = "layers_1=2,layers_2=2,expand_1=3,expand_2=4"
+  folded = "layers=2,expand_1=3,expand_2=4"
+  assert report.table([row(staged)]).splitlines()[1].split()[0] == folded
+  both = [dataclasses.replace(result(recipe), subnet=staged) for recipe in ("separate", "up")]
+  for text in (report.compare_table(both), report.difference_table(both)):
+    assert len(lines(text, f"| {folded} |")) == 1
+
+
 def test_an_empty_table_is_its_header():
   assert report.table([]).split() == ["subnet", "params", "FLOPs"]
 

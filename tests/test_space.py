@@ -13,6 +13,7 @@ import pytest
 from nestnet import Space, Subnet
 from nestnet.choices import least_slope, spaced
 from nestnet.space import volume
+from nestnet.subnet import folded
 
 plain = Space(layers=(1, 2, 4), embed=(8, 16), mlp=(8, 16, 32))
 coupled = Space(couple={"layers embed": ((1, 8), (2, 8), (2, 16))}, mlp=(4, 8))
@@ -239,7 +240,36 @@ def test_a_partial_description_is_completed_with_the_largest(space, given, compl
   assert str(space.subnet(given)) == completed
 
 
+staged = Space(layers_1=(1, 2), layers_2=(1, 2, 3), expand_1=(2, 3), expand_2=(2, 3), embed=(8, 16),
+               per_layer=("expand_1", "expand_2"))
+
+
+@pytest.mark.parametrize("given, completed", [
+  ("layers=1", "layers_1=1,layers_2=1,embed=16,expand_1=3,expand_2=3"),
+  # What names a stage itself wins.
+  ("layers_2=1,layers=2,expand=2,embed=8", "layers_1=2,layers_2=1,embed=8,expand_1=2,expand_2=2"),
+  ("layers=2,expand=2:3", "layers_1=2,layers_2=2,embed=16,expand_1=2:3,expand_2=2:3"),
+  (" smallest", "layers_1=1,layers_2=1,embed=8,expand_1=2,expand_2=2"),
+  ("largest", "layers_1=2,layers_2=3,embed=16,expand_1=3,expand_2=3")])
+def test_a_kind_of_axis_stands_for_that_of_every_stage(given, completed):
+  assert str(staged.subnet(given)) == completed
+
+
+def test_what_is_shown_of_a_member_is_read_back():
+  large = mobilenet()
+  tied = [large.subnet(text) for text in ("layers=2,kernel=3:5", "layers=3,expand=3:4:6", "smallest")]
+  for space, members in ((staged, staged), (large, [*tied, *(large.sample(i) for i in range(20))])):
+    assert all(space.subnet(folded(member)) == member for member in members)
+    assert {len(folded(member)) < len(str(member)) for member in members} == {True, False}
+  assert list(map(folded, tied)) == [
+    "layers=2,kernel=3:5,expand=6", "layers=3,kernel=7,expand=3:4:6", "layers=2,kernel=3,expand=3"]
+
+
 @pytest.mark.parametrize("space, given, message", [
+  (staged, "layers=3", "layers_1=3 is outside the space; allowed for layers_1: 1, 2"),
+  (staged, "layer=2", "unknown axis 'layer'; did you mean 'layers_"),
+  (staged, "layers_1=1,expand=2:3", "expand_1=2:3 lists 2 layers, but layers_1 keeps 1"),
+  (staged, "smalest", "'smalest' is not axis=size.*smallest and largest"),
   (plain, "emebd=8", "unknown axis 'emebd'; did you mean 'embed'"),
   (plain, "embed=9", "embed=9 is outside the space; allowed for embed: 8, 16"),
   (plain, "layers=0+4", r"layers=\[0, 4\] is outside.*layers: 1, 2, 4"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nestnet import Subnet
+from nestnet.subnet import folded
 
 FORMS = ["layers=4", "layers=0+2+4,embed=48", "layers=+2,mlp=8", "layers=3,mlp=96:192:96",
          "layers_1=2,layers_2=1+3,expand_1=3:4,expand_2=4:6,width=7", "mlp=96:", ""]
@@ -62,6 +63,17 @@ def test_layer_gives_the_sizes_of_one_kept_layer():
   assert subnet.layer("layers", 1) == Subnet(mlp=16, embed=4, layers_1=2, heads_1=(1, 2))
   assert subnet.per_layer("layers") and subnet.per_layer("layers_1")
   assert not subnet.per_layer("layers_2") and not Subnet(layers=(0, 2), mlp=8).per_layer("layers")
+
+
+@pytest.mark.parametrize("text, shown", [
+  ("layers_1=2,layers_2=2,expand_1=3,expand_2=3,kernel_1=3:5,kernel_2=3:5,embed=8",
+   "layers=2,expand=3,kernel=3:5,embed=8"),
+  ("layers_1=2,layers_2=3,expand_1=3,expand_2=3", "layers_1=2,layers_2=3,expand=3"),
+  # One stage, and a name of its own beside the stages, stay.
+  ("layers_1=2,mlp=8", "layers_1=2,mlp=8"), ("mlp=8,mlp_1=8,mlp_2=8", "mlp=8,mlp_1=8,mlp_2=8"), ("", ""),
+  ("the whole", "the whole")])
+def test_equal_sizes_of_all_stages_are_said_once(text, shown):
+  assert folded(text) == shown
 
 
 @pytest.mark.parametrize("text, got", [

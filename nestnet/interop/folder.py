@@ -52,13 +52,15 @@ def save(folder: str | os.PathLike[str], module: nn.Module, variables: Mapping[s
   written = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
   written.mkdir()
   try:
+    config = {"format": FORMAT, "architecture": _name(type(module)), "fields": fields,
+              **(provenance or {})}
+    (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, tree in {"model": variables, **(beside or {})}.items():
       flat = {"/".join(path): jnp.asarray(leaf)
               for path, leaf in flatten_dict(dict(meta.unbox(tree))).items()}
       safetensors.flax.save_file(flat, written / f"{name}.safetensors")
-    config = {"format": FORMAT, "architecture": _name(type(module)), "fields": fields,
-              **(provenance or {})}
-    (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+      # That makes files which their owner alone may read, whatever the umask says.
+      shutil.copymode(written / "config.json", written / f"{name}.safetensors")
     if check:
       check(written)
     if folder.exists():

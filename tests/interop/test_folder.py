@@ -68,6 +68,13 @@ def test_module_and_variables_come_back_bit_for_bit(folder):
   assert [p.name for p in folder.parent.iterdir()] == ["out"]
 
 
+def test_permissions_are_those_of_ordinary_files(tmp_path):
+  nestnet.save(tmp_path / "out", MODULE, variables(), beside={"objective": {"w": np.ones(2)}})
+  (tmp_path / "ordinary").write_text("x")
+  files = [*(tmp_path / "out").iterdir(), tmp_path / "ordinary"]
+  assert len(files) == 4 and len({path.stat().st_mode for path in files}) == 1
+
+
 def test_other_trees_lie_beside(tmp_path):
   heads = {"objective": {"head": {"w": np.ones(2)}}}
   nestnet.save(tmp_path / "out", MODULE, variables(), beside=heads)
