@@ -19,36 +19,14 @@ from nestnet.errors import UserError, one_of
 from nestnet.execution import Supernet, module_of
 from nestnet.imports import by_path
 from nestnet.interop.folder import make_module, module_fields
-from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
+from nestnet.options import GROUPS, OF_MODEL, OPTIONAL, PHASE, REQUIRED, SCHEDULE, TOP, model_class
 from nestnet.sampling import Context, Sampler, on_shards, sampler
-from nestnet.sharding import MESH_AXES, batch_part, batch_sharding, batch_shards, make_mesh
+from nestnet.sharding import batch_part, batch_sharding, batch_shards, make_mesh
 from nestnet.space import Space
 from nestnet.steps import Recipe, Step
 from nestnet.subnet import Subnet
-
-# What a schedule may be told beside its rate and its warm-up; the same names as in `optim.schedule`.
-SCHEDULE = ("floor", "decay_rate", "decay_share", "milestones")
-GROUPS = {
-  "model": None,
-  "space": None,
-  "recipe": ("name", "sampler", "objective", "teacher", "ema", "select", "judge", "untouched", "subnet"),
-  "data": ("name", "data_dir", "augment", "shape", "classes"),
-  "optim": ("name", "learning_rate", "factor", "schedule", "warmup_steps", "warmup_share", *SCHEDULE,
-            "weight_decay", "coupled", "clip_norm", "clip_value", "momentum", "b1", "b2", "epsilon"),
-  "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
-            "execution", "per_shard_subnets", "accumulate"),
-  "mesh": MESH_AXES,
-  "eval": ("calibrate_images", "calibrate_batch_size"),
-}
-OPTIONAL = ("eval",)
-# What a phase says beside overrides of groups.
-PHASE = ("steps", "share", "enter", "open")
-REQUIRED = {
-  "model": ("name",), "recipe": ("sampler", "objective"), "data": ("name",),
-  "optim": ("name", "learning_rate"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,14 +149,14 @@ def _transition(enter: str | Mapping[str, Any] | None) -> training.Transition | 
 
 def _check(config: Mapping[str, Any]) -> None:
   """Every key is known, and those without which nothing can be built are there."""
-  check_fields(config, {"seed": 0, "phases": (), **GROUPS}, "")
+  check_fields(config, TOP, "")
   for group, known in GROUPS.items():
     if group in OPTIONAL and not config.get(group):
       continue
     if group not in config:
       raise UserError(f"config.{group} is missing")
-    if known:
-      check_fields(config[group], dict.fromkeys(known), group)
+    if group not in OF_MODEL:
+      check_fields(config[group], known, group)
     for key in REQUIRED.get(group, ()):
       if config[group].get(key) in (None, ""):
         raise UserError(f"config.{group}.{key} is missing")
@@ -271,7 +249,7 @@ def _sampler(options: Mapping[str, Any], space: Space, seed: int, shards: int, c
 def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
   fields = dict(config["model"])
   name = fields.pop("name")
-  made = (by_path(name, "model") if ":" in name else architecture(name))
+  made = model_class(name)
   check_fields(fields, made)
   if "classes" in {f.name for f in dataclasses.fields(made)}:
     fields.setdefault("classes", dataset.classes)
