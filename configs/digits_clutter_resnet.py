@@ -14,6 +14,8 @@ from nestnet import recipes
 STAGES = (1, 2, 3)
 CHOICES = dict(layers=(1, 2, 3), expand=(50, 100))
 WIDTHS = tuple(f"width_{s}" for s in ("stem", 0, *STAGES))
+# Warm-up of 50 steps in 2,000: as a share of the first phase, where it has an optimizer of its own.
+WARMUP = {"ofa": 0.063, "compofa": 0.046}
 
 
 def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
@@ -41,8 +43,8 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   if several := recipes.phases(method, config.space):
     config.phases = several
   config.data = dict(name="digits_clutter", data_dir="", augment="none")
-  config.optim = dict(name="sgd", learning_rate=0.1, schedule="cosine", warmup_steps=50,
-                      weight_decay=1e-4, clip_norm=1.0, momentum=0.9)
+  config.optim = dict(name="sgd", learning_rate=0.1, schedule="cosine",
+                      warmup_share=WARMUP.get(method, 0.025), weight_decay=1e-4, clip_norm=1.0, momentum=0.9)
   # Global batch, in images; the last step is always saved.
   config.train = dict(steps=2000, batch_size=128, checkpoint_every=500, log_every=10, eval_every=0,
                       execution="auto", per_shard_subnets=False, accumulate=1)

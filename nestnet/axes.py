@@ -198,7 +198,11 @@ def variable_axes(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, A
   `options` are keyword arguments of the model, as they are. Statistics that carry no names of their
   own (BatchNorm's `mean` and `var`) take those of the `scale` beside them.
   """
-  boxed = abstract_variables(model, *inputs, **options)
+  return named_variables(model, abstract_variables(model, *inputs, **options))
+
+
+def named_variables(model: nn.Module, boxed: Mapping[str, Any]) -> dict[str, Any]:
+  """`variable_axes` from what `abstract_variables` gave."""
   scales = {path[1:-1]: _leaf_axes(leaf) for path, leaf in _walk(boxed)
             if path[0] == "params" and path[-1] == "scale"}
   found, problems = {}, []

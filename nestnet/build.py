@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from nestnet import phases as stretches
 from nestnet import training
@@ -19,36 +21,14 @@ from nestnet.errors import UserError, one_of
 from nestnet.execution import Supernet, module_of
 from nestnet.imports import by_path
 from nestnet.interop.folder import make_module, module_fields
-from nestnet.models import architecture
 from nestnet.objectives import objective
 from nestnet.optim import optimizer, schedule
+from nestnet.options import GROUPS, OF_MODEL, OPTIONAL, PHASE, RATE, REQUIRED, SCHEDULE, TOP, model_class
 from nestnet.sampling import Context, Sampler, on_shards, sampler
-from nestnet.sharding import MESH_AXES, batch_part, batch_sharding, batch_shards, make_mesh
+from nestnet.sharding import batch_part, batch_sharding, batch_shards, make_mesh
 from nestnet.space import Space
 from nestnet.steps import Recipe, Step
 from nestnet.subnet import Subnet
-
-# What a schedule may be told beside its rate and its warm-up; the same names as in `optim.schedule`.
-SCHEDULE = ("floor", "decay_rate", "decay_share", "milestones")
-GROUPS = {
-  "model": None,
-  "space": None,
-  "recipe": ("name", "sampler", "objective", "teacher", "ema", "select", "judge", "untouched", "subnet"),
-  "data": ("name", "data_dir", "augment", "shape", "classes"),
-  "optim": ("name", "learning_rate", "factor", "schedule", "warmup_steps", "warmup_share", *SCHEDULE,
-            "weight_decay", "coupled", "clip_norm", "clip_value", "momentum", "b1", "b2", "epsilon"),
-  "train": ("steps", "batch_size", "checkpoint_every", "log_every", "eval_every",
-            "execution", "per_shard_subnets", "accumulate"),
-  "mesh": MESH_AXES,
-  "eval": ("calibrate_images", "calibrate_batch_size"),
-}
-OPTIONAL = ("eval",)
-# What a phase says beside overrides of groups.
-PHASE = ("steps", "share", "enter", "open")
-REQUIRED = {
-  "model": ("name",), "recipe": ("sampler", "objective"), "data": ("name",),
-  "optim": ("name", "learning_rate"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +122,37 @@ def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh
   if size % (batch_shards(mesh) * parts):
     raise UserError(f"config.train.batch_size: got {size}, allowed is a multiple of the {batch_shards(mesh)} "
                     f"devices of mesh.data and mesh.fsdp{f', times train.accumulate={parts}' * (parts > 1)}")
-  overrides, phases, first = config.get("phases") or [{}], [], 0
-  for override, (steps, stretch, fresh) in zip(overrides, _stretches(overrides, phase_steps(config))):
-    merged = _merge(config, {k: v for k, v in override.items() if k not in PHASE})
-    _check(merged)
-    merged["space"] = stretches.opened(merged["space"], override.get("open") or {})
-    enter, step = _transition(override.get("enter")), _step(merged, dataset, mesh, stretch, (first, steps))
+  overrides, settled, phases, first = config.get("phases") or [{}], [], [], 0
+  stretched = _stretches(overrides, phase_steps(config))
+  # All that needs no model is checked for every phase before the first model is built.
+  for number, (override, (steps, stretch, _)) in enumerate(zip(overrides, stretched)):
+    with _in_phase(number, len(overrides), steps):
+      merged = _merge(config, {k: v for k, v in override.items() if k not in PHASE})
+      _check(merged)
+      merged["space"] = stretches.opened(merged["space"], override.get("open") or {})
+      settled.append((_transition(override.get("enter")), merged, _rate(merged["optim"], stretch)))
+  for number, ((enter, merged, rate), (steps, _, fresh)) in enumerate(zip(settled, stretched)):
+    with _in_phase(number, len(overrides), steps):
+      step = _step(merged, dataset, mesh, rate, (first, steps))
+      if step.recipe.teacher == "frozen" and not phases and not enter:
+        raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
+                        "put a phase before it, or name the phase's `enter` that sets a teacher")
+    opens = stretches.widened(settled[number - 1][1]["space"], merged["space"]) if number else ()
+    phases.append(training.Phase(steps, step, enter, fresh, tuple(opens)))
     first += steps
-    if step.recipe.teacher == "frozen" and not phases and not enter:
-      raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
-                      "put a phase before it, or name the phase's `enter` that sets a teacher")
-    phases.append(training.Phase(steps, step, enter, fresh))
   return tuple(phases)
+
+
+@contextlib.contextmanager
+def _in_phase(number: int, count: int, steps: int) -> Iterator[None]:
+  """Names the phase, where there are several, in what is said to be wrong."""
+  try:
+    yield
+  except UserError as error:
+    if count == 1:
+      raise
+    raise UserError(f"phase {number + 1} of {count}, config.phases[{number}], which has "
+                    f"{steps} step{'s' * (steps > 1)}: {error}") from error
 
 
 def _transition(enter: str | Mapping[str, Any] | None) -> training.Transition | None:
@@ -171,14 +170,21 @@ def _transition(enter: str | Mapping[str, Any] | None) -> training.Transition | 
 
 def _check(config: Mapping[str, Any]) -> None:
   """Every key is known, and those without which nothing can be built are there."""
-  check_fields(config, {"seed": 0, "phases": (), **GROUPS}, "")
+  check_fields(config, TOP, "")
+  phases = config.get("phases") or []
+  for number, phase in enumerate(phases if isinstance(phases, list) else [phases]):
+    if not isinstance(phases, list) or not isinstance(phase, Mapping):
+      where = f"[{number}]" * isinstance(phases, list)
+      raise UserError(f"config.phases{where}: got {phase!r}; allowed is a list of dicts, such as "
+                      "[{'share': 2, 'open': {'layers': 1}}, {'share': 1}]")
+    check_fields(phase, PHASE | GROUPS, f"phases[{number}]")
   for group, known in GROUPS.items():
     if group in OPTIONAL and not config.get(group):
       continue
     if group not in config:
       raise UserError(f"config.{group} is missing")
-    if known:
-      check_fields(config[group], dict.fromkeys(known), group)
+    if group not in OF_MODEL:
+      check_fields(config[group], known, group)
     for key in REQUIRED.get(group, ()):
       if config[group].get(key) in (None, ""):
         raise UserError(f"config.{group}.{key} is missing")
@@ -226,11 +232,19 @@ def _stretches(phases: Sequence[Mapping], steps: Sequence[int]) -> list[tuple[in
   return [(n, lengths[max(b for b in begins if b <= i)], i in begins[1:]) for i, n in enumerate(steps)]
 
 
-def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, stretch: int,
+def _rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
+  """The learning rate over the steps of an optimizer."""
+  warmup = optim.get("warmup_steps", 0) + round(optim.get("warmup_share", 0.0) * steps)
+  return schedule(optim.get("schedule", "constant"), optim["learning_rate"] * optim.get("factor", 1.0), warmup,
+                  steps, **{k: optim[k] for k in SCHEDULE if k in optim})
+
+
+def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, rate: optax.Schedule,
           phase: tuple[int, int]) -> Step:
-  """The step of a phase, given the steps of its optimizer, and its own first step and number of steps."""
+  """The step of a phase, given its learning rate, and its own first step and number of steps."""
   supernet = _supernet(config, dataset)
-  recipe, optim, seed = config["recipe"], dict(config["optim"]), config.get("seed", 0)
+  recipe, seed = config["recipe"], config.get("seed", 0)
+  optim = {k: v for k, v in config["optim"].items() if k not in RATE}
   shards = config["mesh"].get("data", 1) if config["train"].get("per_shard_subnets") else 1
   made = Recipe(
     _sampler(recipe["sampler"], supernet.space, seed, shards, Context(*phase, _cost(supernet))),
@@ -239,10 +253,6 @@ def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, str
   if optim.get("coupled") and made.untouched == "decay_only":
     raise UserError("config.recipe.untouched=decay_only with config.optim.coupled=True, whose decay is a part of "
                     "the gradient; allowed: untouched of update or freeze, or coupled=False")
-  warmup = optim.pop("warmup_steps", 0) + round(optim.pop("warmup_share", 0.0) * stretch)
-  highest = optim.pop("learning_rate") * optim.pop("factor", 1.0)
-  rate = schedule(optim.pop("schedule", "constant"), highest, warmup, stretch,
-                  **{k: optim.pop(k) for k in SCHEDULE if k in optim})
   return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed,
               config["train"].get("execution", "auto"), config["train"].get("accumulate", 1))
 
@@ -271,7 +281,7 @@ def _sampler(options: Mapping[str, Any], space: Space, seed: int, shards: int, c
 def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
   fields = dict(config["model"])
   name = fields.pop("name")
-  made = (by_path(name, "model") if ":" in name else architecture(name))
+  made = model_class(name)
   check_fields(fields, made)
   if "classes" in {f.name for f in dataclasses.fields(made)}:
     fields.setdefault("classes", dataset.classes)

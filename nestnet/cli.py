@@ -16,6 +16,7 @@ import inspect
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from absl import logging
 import ml_collections
 from ml_collections import config_flags
 
-from nestnet import errors, memory
+from nestnet import errors, memory, options
 
 FLAGS = flags.FLAGS
 _NUMBERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser()}
@@ -106,12 +107,10 @@ def check_fields(config: Mapping[str, Any], allowed: Any, where: str = "model") 
 Allowed: embed, heads
   """
   if dataclasses.is_dataclass(allowed):
-    # Flax gives every module these two; no config sets them.
-    allowed = [field.name for field in dataclasses.fields(allowed)
-               if field.init and field.name not in ("parent", "name")]
+    allowed = options.fields(allowed)
   for key in config:
     if key not in allowed:
-      raise errors.one_of(f"key of config.{where}", key, allowed)
+      raise errors.one_of(f"key of config{'.' * bool(where)}{where}", key, allowed)
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -121,7 +120,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     spec: the file's path, followed by `:ARGUMENT` where its `get_config` takes one.
 
   Returns:
-    The config, locked.
+    The config, locked; its phases are a tuple of `ConfigDict`s, so that each key of theirs can be overridden.
 
   Raises:
     ValueError: the file fails, takes no or needs an argument, or returns no `ConfigDict`.
@@ -155,6 +154,12 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   if not isinstance(config, ml_collections.ConfigDict):
     raise errors.UserError(
         f"get_config of {path} returned {type(config).__name__}, allowed: ConfigDict")
+  if isinstance(phases := config.get("phases"), (list, tuple)):
+    with config.unlocked():
+      # Of the type of what stands there, it would be made a list.
+      del config.phases
+      config.phases = tuple(
+        ml_collections.ConfigDict(phase) if isinstance(phase, Mapping) else phase for phase in phases)
   return config.lock()
 
 
@@ -173,41 +178,86 @@ class _ConfigParser(flags.ArgumentParser):
 
 def _overrides(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
   """Lists the `--config.key=value`, `--config.key value` and `--[no]config.key` of a command."""
-  for argument, after in zip(argv, [*argv[1:], ""]):
+  for argument, after in zip(argv, [*argv[1:], "-"]):
     if match := re.match(r"--?(no)?config\.([^=]+)(=?)(.*)", argument, re.DOTALL):
       no, key, equals, value = match.groups()
       yield key, value if equals else "false" if no else "true" if after[:1] == "-" else after
 
 
 def check_override(config: ml_collections.ConfigDict, key: str, value: str) -> None:
-  """Checks that a key is in a config and that a text is a value of its type.
+  """Checks that a config may have a key and that a text is a value of its type.
+
+  A key that the config may have and does not list is added to it, without a value.
 
   Args:
     config: the config to override.
-    key: the names of the groups and of the field, joined by dots.
+    key: the names of the groups and of the field, joined by dots; `phases[0]` is the first phase.
     value: the text from the command line.
 
   Raises:
     ValueError: an unknown key, a group in place of a field, or a value of another type.
+
+  Example:
+    >>> config = ml_collections.ConfigDict({"train": {"steps": 3}})
+    >>> check_override(config, "train.accumulate", "2")
+    >>> config.train.get_type("accumulate")
+    <class 'int'>
   """
-  if not re.fullmatch(r"\w+(\.\w+)*", key):
-    raise errors.UserError(f"config key {key!r}; allowed: names joined by dots")
-  group, seen = config, []
-  for name in key.split("."):
+  if not re.fullmatch(r"(phases\[\d+\]\.)?\w+(\.\w+)*", key):
+    raise errors.UserError(f"config key {key!r}; allowed: names joined by dots, and of phases a number, "
+                           "as in phases[0].share")
+  names, group, seen = key.split("."), config, []
+  if in_phase := "[" in names[0]:
+    phases, number = config.get("phases") or (), int(names[0][len("phases["):-1])
+    if number >= len(phases):
+      raise errors.UserError(f"config key {key!r}: the config has {len(phases)} phases; allowed: numbers "
+                             "below that, from 0")
+    group = phases[number]
+    seen.append(names.pop(0))
+  for name in names:
     if not isinstance(group, ml_collections.ConfigDict):
       raise errors.UserError(f"config key {'.'.join(seen)!r} is a value, no group; got {key!r}")
     if name not in group:
-      raise errors.one_of(f"key of {'.'.join(['config', *seen])}", name, group.keys())
+      _add(group, name, seen, seen[1:] if in_phase else seen, config)
     seen.append(name)
     holder, group = group, group[name]
   if isinstance(group, ml_collections.ConfigDict) and not value.startswith("{"):
     raise errors.UserError(f"config key {key!r} is a group, got {value!r}; allowed: "
                            + ", ".join(f"--config.{key}.{name}=..." for name in group.keys()))
+  if key == "recipe.name" and value != group:
+    raise errors.UserError(
+      f"config key {key!r}: got {value!r}; it only labels what the config trains, here {group!r}. A method "
+      "is chosen by the config's argument, --config=FILE.py:METHOD; a label of your own, in the file")
   kind = holder.get_type(seen[-1])
   if not _is_value(value, kind, group):
-    example = "" if group is None else f", such as {group}"
+    example = "" if group is None else f", such as {textwrap.shorten(str(group), 100)}"
     raise errors.UserError(
         f"config key {key!r}: got {value!r}, allowed: {kind.__name__}{example}")
+
+
+def _add(group: ml_collections.ConfigDict, name: str, seen: Sequence[str], path: Sequence[str],
+         config: ml_collections.ConfigDict) -> None:
+  """Adds a key that a group may have, without a value.
+
+  Args:
+    group: the group.
+    name: the key.
+    seen: where the group is, for the message.
+    path: the same without the phase; what the config itself says there, a phase may say too.
+    config: the whole config.
+  """
+  whole = config
+  for part in path:
+    whole = whole.get(part, {}) if isinstance(whole, Mapping | ml_collections.ConfigDict) else {}
+  listed = {key: whole.get_type(key) for key in whole.keys()} if whole else {}
+  known = options.keys(".".join(path), config) | (options.PHASE if seen and not path else {})
+  kind = (known | listed).get(name)
+  if kind is None:
+    raise errors.one_of(f"key of {'.'.join(['config', *seen])}", name,
+                        dict.fromkeys((*group.keys(), *known, *listed)))
+  with group.unlocked():
+    group[name] = (ml_collections.ConfigDict() if issubclass(kind, (dict, ml_collections.ConfigDict))
+                   else ml_collections.config_dict.placeholder(kind))
 
 
 def _is_value(text: str, kind: type, current: Any) -> bool:
@@ -218,7 +268,8 @@ def _is_value(text: str, kind: type, current: Any) -> bool:
     elif kind is tuple and current:
       value = ast.literal_eval(text)
       elements = value if isinstance(value, (tuple, list)) else (value,)
-      return {type(x) for x in elements} <= {type(x) for x in current}
+      of = lambda x: dict if isinstance(x, ml_collections.ConfigDict) else type(x)
+      return set(map(of, elements)) <= set(map(of, current))
   except (ValueError, SyntaxError):
     return kind is tuple and str in {type(x) for x in current}
   return True

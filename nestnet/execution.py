@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from nestnet.axes import abstract_variables, statistics_axes, variable_axes
+from nestnet.axes import abstract_variables, named_variables, statistics_axes, variable_axes
 from nestnet.errors import UserError, one_of
 from nestnet.models.switch import CHOICE
 from nestnet.objectives.base import Objective, Targets
@@ -70,16 +70,16 @@ class Supernet:
   @functools.cached_property
   def axes(self) -> dict[str, Any]:
     """Axis names of every collection."""
-    return variable_axes(self.model, *self.inputs)
+    return named_variables(self.model, _traced(self.model, self.inputs))
 
   @functools.cached_property
   def shapes(self) -> dict[str, Any]:
     """Abstract variables of the largest network."""
-    return {"params": {}} | meta.unbox(abstract_variables(self.model, *self.inputs))
+    return {"params": {}} | meta.unbox(_traced(self.model, self.inputs))
 
   def check(self, subnet: Subnet) -> None:
     """Raises `ValueError` unless the slice of `subnet` is what its own module would make."""
-    own = meta.unbox(abstract_variables(self.module(subnet), *self.inputs_of(subnet)))
+    own = meta.unbox(_traced(self.module(subnet), self.inputs_of(subnet)))
     hint = "; parameters may not depend on the resolution" if self.inputs_of(subnet) != self.inputs else ""
     cut = jax.eval_shape(lambda v: self.cut(v, subnet), self.shapes)
     for collection in own:
@@ -113,6 +113,12 @@ class Supernet:
   def cut(self, variables: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
     """A sub-network's variables, every collection of them."""
     return cut(self.model, variables, self.axes, subnet, self.space.groups)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, Any]:
+  """`abstract_variables`; the families of a run's phases have the same model and many members in common."""
+  return abstract_variables(model, *inputs)
 
 
 def module_of(model: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:

@@ -82,6 +82,13 @@ class Progress:
     self._began = self._said = time.monotonic()
     self._every = every_seconds
 
+  def say(self, text: str, label: str | None = None) -> None:
+    """Writes a line; `label` then stands before the numbers."""
+    tqdm.tqdm.write(text, file=sys.stderr)
+    if label:
+      self._label = label
+      self._bar.set_description(label, refresh=False)
+
   def update(self, step: int, scalars: Mapping[str, float]) -> None:
     """Shows that `step` is done."""
     text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()

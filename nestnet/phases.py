@@ -55,7 +55,8 @@ def opened(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any
 
   Args:
     space: Options of `nestnet.Space`.
-    limits: How many of the largest choices, by axis; `layers` stands for `layers_1` and so on too.
+    limits: How many of the largest choices, by axis; `layers` stands for `layers_1` and so on too, where
+      these are not named themselves.
 
   Raises:
     ValueError: A name that is no axis, less than one choice, or coupled choices of which none is left.
@@ -68,12 +69,12 @@ def opened(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any
     return dict(space)
   if not isinstance(limits, Mapping):
     raise UserError(f"open: got {limits}, allowed is a number of choices by axis, such as {{'layers': 2}}")
-  known = kinds(space)
-  for kind, count in limits.items():
-    if kind not in known:
-      raise one_of("axis in open", kind, known)
+  known = dict.fromkeys((*kinds(space), *_axes(space)))
+  for axis, count in limits.items():
+    if axis not in known:
+      raise one_of("axis in open", axis, known)
     if not isinstance(count, int) or count < 1:
-      raise UserError(f"open: {kind}={count}; allowed is a number of choices, at least 1")
+      raise UserError(f"open: {axis}={count}; allowed is a number of choices, at least 1")
   choices = _choices(space, limits)
   for names, rows in choices.get("couple", {}).items():
     if not rows:
@@ -84,11 +85,12 @@ def opened(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any
 
 def _choices(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
   """The choices that are open, axis by axis, and the coupled ones."""
-  choices = {axis: _largest(axis, values, limits.get(_kind(axis)))
+  limit = lambda axis: limits.get(axis, limits.get(_kind(axis)))
+  choices = {axis: _largest(axis, values, limit(axis))
              for axis, values in space.items() if axis not in _OPTIONS and values is not None}
   couple = {}
   for names, rows in (space.get("couple") or {}).items():
-    columns = [_largest(axis, [row[i] for row in rows], limits.get(_kind(axis)))
+    columns = [_largest(axis, [row[i] for row in rows], limit(axis))
                for i, axis in enumerate(names.split())]
     couple[names] = tuple(tuple(row) for row in rows if all(map(_among, row, columns)))
   return choices | ({"couple": couple} if couple else {})
@@ -101,9 +103,35 @@ def kinds(space: Mapping[str, Any]) -> list[str]:
     >>> kinds({"layers_1": (1, 2), "layers_2": (1, 2), "couple": {"embed heads": ((8, 2),)}})
     ['layers', 'embed', 'heads']
   """
+  return list(dict.fromkeys(map(_kind, _axes(space))))
+
+
+def widened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+  """The kinds of axes that have more choices in one space than in another.
+
+  Args:
+    before: Options of a space, as from `opened`.
+    after: Options of the other.
+
+  Example:
+    >>> widened({"layers_1": (2,), "layers_2": (2,), "mlp": (8,)}, {"layers_1": (1, 2), "mlp": (8,)})
+    ['layers']
+  """
+  here, there = _columns(before), _columns(after)
+  return list(dict.fromkeys(_kind(axis) for axis in there if there[axis] - here.get(axis, set())))
+
+
+def _columns(space: Mapping[str, Any]) -> dict[str, set]:
+  """All choices of each axis, coupled ones too."""
+  columns = {axis: set(map(_plain, space[axis])) for axis in _axes(space) if axis in space}
+  for names, rows in (space.get("couple") or {}).items():
+    columns |= {axis: {_plain(row[i]) for row in rows} for i, axis in enumerate(names.split())}
+  return columns
+
+
+def _axes(space: Mapping[str, Any]) -> list[str]:
   axes = [axis for axis, values in space.items() if axis not in _OPTIONS and values is not None]
-  axes += [axis for names in space.get("couple") or {} for axis in names.split()]
-  return list(dict.fromkeys(map(_kind, axes)))
+  return axes + [axis for names in space.get("couple") or {} for axis in names.split()]
 
 
 def shrinking(space: Mapping[str, Any], enter: str = SORT) -> list[dict[str, Any]]:

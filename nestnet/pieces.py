@@ -211,8 +211,19 @@ class Pieces:
     return Piece(name, run, variables, inputs, outputs)
 
 
-# What has been traced once serves all who count.
-shared = functools.lru_cache(maxsize=32)(Pieces)
+def shared(supernet: Supernet) -> Pieces:
+  """The pieces of a family; what has been traced once serves all who count, and all families of its model."""
+  found = _shared(supernet.model, supernet.space.largest, supernet.inputs)
+  if not found:
+    found.append(Pieces(supernet))
+  return found[0]
+
+
+@functools.lru_cache(maxsize=32)
+def _shared(model: nn.Module, largest: Subnet, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> list[Pieces]:
+  """Where those of so large a network are kept."""
+  del model, largest, inputs
+  return []
 
 
 def _layer_piece(name: str, layer: nn.Module, x: Any, constants: Any, remat: bool, kwargs: Mapping[str, Any]

@@ -7,10 +7,12 @@ A workdir holds `config.json` (resolved), `metrics.jsonl`, TensorBoard events, `
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import pathlib
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,16 +102,17 @@ def _settled(config: Mapping[str, Any], workdir: pathlib.Path, made: Sequence[in
     atomic_write(path, _dump({"config": config, "changes": []}))
     return False
   saved = _load(path)
-  old, new = _flatten(saved["config"]), _flatten(config)
-  differing = {k: [old.get(k), new.get(k)] for k in sorted(old | new) if old.get(k) != new.get(k)}
-  # Phases that are shares of the steps would begin and end elsewhere.
-  fixed = ("train.steps",) if config.get("phases") else ()
-  refused = [k for k in differing if k in fixed or not any(
-    k == m or k.startswith(m + ".") for m in MAY_DIFFER)]
+  differing = _differing(saved["config"], config)
+  # Phases would begin and end elsewhere.
+  phased = config.get("phases") or saved["config"].get("phases")
+  may = [key for key in MAY_DIFFER if key != "train.steps" or not phased]
+  refused = [k for k in differing if not any(k == m or k.startswith(m + ".") for m in may)]
   if refused:
-    lines = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} asked for" for k in refused)
+    lines = "\n".join(f"  {k}: {_short(old)} there, {_short(new)} asked for"
+                      for k, (old, new) in differing.items() if k in refused)
+    why = "; train.steps may not, as it says where phases begin and end" * ("train.steps" in refused)
     raise UserError(f"{workdir} holds a run of another config; name another workdir, or undo:\n{lines}\n"
-                    f"({', '.join(MAY_DIFFER)} may differ)")
+                    f"({', '.join(may)} may differ{why})")
   training.check_length(made, config["train"]["steps"], workdir)
   if differing:
     if "train.steps" in differing:
@@ -166,8 +169,26 @@ def _dump(content: Any) -> str:
   return json.dumps(content, indent=2) + "\n"
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-  if not isinstance(tree, Mapping):
-    return {prefix: tree}
-  return {k: v for key, value in tree.items()
-          for k, v in _flatten(value, f"{prefix}.{key}" if prefix else key).items()}
+def _flatten(tree: Any) -> dict[str, Any]:
+  return {key: value for key, (_, value) in _differing({}, tree).items()}
+
+
+def _differing(old: Any, new: Any, key: str = "") -> dict[str, list[Any]]:
+  """What differs between two configs, by key: `phases[1].share` of the second phase; None: it is not there."""
+  if old == new:
+    return {}
+  if isinstance(old, Mapping | None) and isinstance(new, Mapping | None):
+    old, new = old or {}, new or {}
+    pairs = [(f"{key}.{k}" if key else k, old.get(k), new.get(k)) for k in sorted(old | new)]
+  elif all(isinstance(x, list) and any(isinstance(y, Mapping) for y in x) for x in (old, new)):
+    pairs = [(f"{key}[{i}]", *pair) for i, pair in enumerate(itertools.zip_longest(old, new))]
+  else:
+    return {key: [old, new]}
+  # A phase that only one of them has is one thing, not many.
+  whole = lambda name, *pair: None in pair and name.endswith("]")
+  return {k: v for name, *pair in pairs
+          for k, v in ({name: pair} if whole(name, *pair) else _differing(*pair, name)).items()}
+
+
+def _short(value: Any) -> str:
+  return textwrap.shorten(str(value), 120)

@@ -57,7 +57,13 @@ class Space:
     self._factors = rows
     self.axes = tuple(itertools.chain(*rows, free))
     self._validate()
-    self.pool = tuple(self.subnet(member) for member in pool)
+    self.pool = tuple(self._pooled(number, member) for number, member in enumerate(pool, 1))
+
+  def _pooled(self, number: int, member: Subnet | str) -> Subnet:
+    try:
+      return self.subnet(member)
+    except UserError as error:
+      raise UserError(f"space.pool, row {number}: {error}") from error
 
   def _validate(self):
     repeated = sorted({a for a in self.axes if self.axes.count(a) > 1})

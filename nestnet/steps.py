@@ -122,7 +122,7 @@ class Step:
       raise UserError("the objective's axes must name every leaf of its parameters: got "
                       f"{self.axes['objective']} for {shapes}")
     self.tx = optimizer(jax.tree.map(lambda a: bool(a.contracted), self.axes, is_leaf=is_axes))
-    self._shapes = jax.eval_shape(self._fresh, self._key)
+    self._shapes = jax.eval_shape(self._state, supernet.shapes, self._key)
     check_mesh(mesh, self.axes, self._shapes.trained, supernet.space)
     # Said of every result: a program that found its arguments laid out anew would compile twice.
     self._places = self._placed(self._shapes)
@@ -161,9 +161,11 @@ class Step:
 
   def _fresh(self, key) -> TrainState:
     model_key, objective_key = jax.random.split(jax.random.fold_in(key, 0))
-    variables = self.supernet.init(model_key)
-    own, _, objective_state = self.recipe.objective.init(
-      objective_key, self.supernet.model, self.supernet.space)
+    return self._state(self.supernet.init(model_key), objective_key)
+
+  def _state(self, variables, key) -> TrainState:
+    """The state with which variables of the model begin to train."""
+    own, _, objective_state = self.recipe.objective.init(key, self.supernet.model, self.supernet.space)
     trained = {"model": variables.pop("params"), "objective": own}
     return TrainState(
       step=jnp.zeros((), jnp.int32), trained=trained, fixed=variables, opt_state=self.tx.init(trained),

@@ -53,12 +53,14 @@ class Phase:
       of channels or the growth of a layer; the state it gets is as the phase before left it. A teacher
       that the phase before had not is a copy of the parameters.
     fresh_optimizer: Whether the optimizer's state begins anew.
+    opens: The kinds of axes that have more choices than in the phase before, to be told.
   """
 
   steps: int
   step: Step
   enter: Transition | None = None
   fresh_optimizer: bool = False
+  opens: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,23 +100,32 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
   with Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
     check_length(checkpoints.steps, total, workdir)
     restored = checkpoints.restore(lambda step: phases[_phase_at(step, ends)].step.abstract())
-    start, state = restored or (0, phases[0].step.init())
+    start = restored[0] if restored else 0
     current = _phase_at(start, ends)
+    progress = Progress(total, start) if show_progress and processes.first() else None
+    _announce(phases, current + (start == ends[current]), progress)
+    state = restored[1] if restored else phases[0].step.init()
     if start == 0 and restored is None and phases[0].enter:
       state = _enter(phases[0], state, Border(None, phases[0].step, batches))
     with processes.Stop() as stop:
       logs = Logs(workdir, start) if processes.first() else NoLogs()
-      progress = Progress(total, start) if show_progress and processes.first() else None
       pending = None
       try:
         for step in range(start, total):
           if step == ends[current]:
             current += 1
+            if pending:
+              _report(*pending, logs, log_every, progress)
+              pending = None
+            if step > start:
+              _announce(phases, current, progress)
             state = _enter(phases[current], state, Border(phases[current - 1].step, phases[current].step,
                                                          batches))
           phase = phases[current]
           batch = put_batch(batches[step], phase.step.mesh)
           state, metrics = phase.step(state, batch, step)
+          if len(phases) > 1:
+            metrics = {**metrics, "phase": current + 1}
           done = step + 1
           # The metrics of the step before are read while this one runs.
           if pending:
@@ -174,6 +185,18 @@ def _enter(phase: Phase, state: TrainState, border: Border) -> TrainState:
   if phase.fresh_optimizer:
     state = state.replace(opt_state=jax.jit(step.tx.init)(state.trained))
   return jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
+
+
+def _announce(phases: Sequence[Phase], number: int, progress: Progress | None) -> None:
+  """Says before the first step of a phase what keeps it waiting; nothing where no phase is left."""
+  if not progress or number >= len(phases):
+    return
+  if len(phases) == 1:
+    progress.say("train: compiling")
+    return
+  phase, name = phases[number], f"phase {number + 1} of {len(phases)}"
+  opens = f", {', '.join(phase.opens)} open{'s' * (len(phase.opens) == 1)}" if phase.opens else ""
+  progress.say(f"{name}: {phase.steps} step{'s' * (phase.steps > 1)}{opens}; compiling", f"train, {name},")
 
 
 def _report(done: int, metrics: dict[str, jax.Array], logs: Logs | NoLogs, log_every: int,

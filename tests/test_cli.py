@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import os
 import pathlib
 import subprocess
@@ -10,9 +12,13 @@ import sys
 
 import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from nestnet import cli
 from nestnet import errors
+from nestnet import options
+from nestnet.sharding import MESH_AXES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = '''
@@ -119,10 +125,73 @@ def test_valid_overrides(key, value):
     ("sizes", "1.5,2", ["sizes", "(1, 2)"]), ("optional", "x", ["optional", "int"]),
     ("model", "3", ["group", "--config.model.embed"]), ("seed.x", "1", ["'seed'", "no group"]),
     ("model.embd", "1", ["config.model 'embd'", "did you mean 'embed'"]),
-    ("sizes[0]", "1", ["sizes[0]", "dots"])])
+    ("sizes[0]", "1", ["sizes[0]", "dots"]), ("phases[0].share", "1", ["phases[0].share", "0 phases"])])
 def test_invalid_overrides(key, value, words):
   with pytest.raises(errors.UserError) as caught:
     cli.check_override(config(), key, value)
+  for word in words:
+    assert word in str(caught.value)
+
+
+METHOD = '''
+import ml_collections
+def get_config(name="ofa"):
+  return ml_collections.ConfigDict({
+    "model": {"name": "SmallMobileNet"}, "space": {"layers_1": (1, 2)}, "optim": {"learning_rate": 0.1},
+    "recipe": {"name": name, "sampler": {"n": 1}}, "train": {"steps": 3},
+    "phases": [{"share": 2, "optim": {"factor": 0.5}}, {"share": 1}]})
+'''
+
+
+@pytest.fixture
+def overridden(tmp_path, monkeypatch):
+  """The config of a method as a command line gives it."""
+  (tmp_path / "method.py").write_text(METHOD)
+
+  def parse(*arguments):
+    values = flags.FlagValues()
+    argv = ["script", f"--config={tmp_path}/method.py", *arguments]
+    monkeypatch.setattr("sys.argv", argv)
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values["config"].parser = cli._ConfigParser(None)
+    values(argv)
+    return values["config"].value
+  return parse
+
+
+@pytest.mark.parametrize("argument, path, value", [
+  ("eval.calibrate_images=100", ["eval", "calibrate_images"], 100),
+  ("train.accumulate=2", ["train", "accumulate"], 2), ("optim.coupled", ["optim", "coupled"], True),
+  ("model.width=2", ["model", "width"], 2.0), ("model.embed_1=16", ["model", "embed_1"], 16),
+  ("model.dtype=bfloat16", ["model", "dtype"], "bfloat16"),
+  ("model.squeeze=(True,False)", ["model", "squeeze"], (True, False)),
+  ("space.resolution=(8,12)", ["space", "resolution"], (8, 12)), ("space.pool=()", ["space", "pool"], ()),
+  ("phases=()", ["phases"], ()), ("phases[0].share=3", ["phases", 0, "share"], 3),
+  ("phases[1].steps=4", ["phases", 1, "steps"], 4),
+  ("phases[1].optim.factor=1", ["phases", 1, "optim", "factor"], 1.0),
+  ("phases[0].recipe.sampler.n=4", ["phases", 0, "recipe", "sampler", "n"], 4),
+  ("recipe.name=ofa", ["recipe", "name"], "ofa")])
+def test_what_the_file_does_not_list_can_be_overridden(overridden, argument, path, value):
+  """With the type that it has in the model, in the phase's config or by itself."""
+  before, after = overridden(), overridden(f"--config.{argument}")
+  found = functools.reduce(operator.getitem, path, after)
+  assert found == value and type(found) is type(value)
+  if path[:2] != ["phases", 1] and len(path) > 1:
+    assert [p.share for p in after.phases] == [3 if "share" in path else 2, 1]
+  assert len(before.phases) == 2 and "eval" not in before
+
+
+@pytest.mark.parametrize("argument, words", [
+  ("eval.calibrate=100", ["config.eval 'calibrate'", "did you mean 'calibrate_images'"]),
+  ("model.widht=2", ["config.model 'widht'", "did you mean 'width'", "name, classes"]),
+  ("model.width=wide", ["model.width", "'wide'", "float"]), ("space.widht=(1,2)", ["did you mean 'width'"]),
+  ("phases[2].share=1", ["phases[2].share", "2 phases"]), ("phases[0]=3", ["phases[0]", "phases[0].share"]),
+  ("phases[0].shre=1", ["config.phases[0] 'shre'", "did you mean 'share'"]),
+  ("phases[0].optim.facto=1", ["config.phases[0].optim 'facto'", "did you mean 'factor'"]),
+  ("phases=3", ["phases", "'3'", "tuple"]), ("recipe.name=bignas", ["'bignas'", "'ofa'", "FILE.py:METHOD"])])
+def test_what_no_config_has_is_refused(overridden, argument, words):
+  with pytest.raises(flags.Error) as caught:
+    overridden(f"--config.{argument}")
   for word in words:
     assert word in str(caught.value)
 
@@ -162,6 +231,10 @@ def test_check_fields_reads_a_dataclass():
   for key in ("name", "derived", "embde"):
     with pytest.raises(ValueError, match=f"config.model '{key}'.*Allowed: embed$"):
       cli.check_fields({key: 3}, Net)
+
+
+def test_the_axes_of_the_mesh_are_all_there():
+  assert tuple(options.GROUPS["mesh"]) == MESH_AXES
 
 
 def test_one_of_lists_all_and_suggests_only_close_names():

@@ -15,7 +15,7 @@ import jax
 import pytest
 from absl import app, flags
 
-from nestnet import extraction
+from nestnet import build, extraction, runs
 from nestnet.data import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -116,6 +116,13 @@ def write(folder, *replacements, name="tiny.py"):
   (('["random"] = 0', '["rnadom"] = 0'), ["'rnadom'", "did you mean 'random'"]),
   (("  return config", "  config.phases = [dict(steps=1), dict(steps=2)]\n  return config"),
    ["config.phases", "train.steps=2", "[1, 2]"]),
+  (("  return config", "  config.phases = ['share']\n  return config"),
+   ["config.phases[0]: got 'share'", "list of dicts"]),
+  (("  return config", "  config.phases = [dict(shre=1)]\n  return config"),
+   ["config.phases[0] 'shre'", "did you mean 'share'"]),
+  # Said before any model is built: that of the first phase would not be.
+  (("  return config", "  config.model.heads = 3\n  config.phases = [dict(steps=1), dict(steps=1, optim=dict("
+    "warmup_steps=1))]\n  return config"), ["phase 2 of 2, config.phases[1]", "1 step:", "warmup_steps=1"]),
   (("  return config", "  config.trian = 3\n  return config"), ["'trian'", "did you mean 'train'"]),
 ])
 def test_configs_that_do_not_go_together(tmp_path, refused, replacement, words):
@@ -170,6 +177,37 @@ def test_workdir_of_another_config(run, refused):
           words=["another config", "seed: 0 there, 1 asked for",
                  "optim.learning_rate: 0.1 there, 0.2"])
   assert contents(run) == before
+
+
+@pytest.fixture
+def phased(tmp_path):
+  """A workdir that belongs to a run of two phases, and its config."""
+  def settle(share, *more, steps=4, **changed):
+    scope = {}
+    exec(CONFIG, scope)
+    config = build.plain(scope["get_config"]())
+    config["train"]["steps"] = steps
+    config["phases"] = [{"share": 1, "open": {"embed": 1}}, {"share": share, "recipe": {"ema": 0.5}}, *more]
+    return runs.settle(config | changed, tmp_path / "run")
+
+  assert not settle(3)
+  return settle
+
+
+def test_a_phase_that_differs_is_named_by_its_key(phased):
+  """And what phases hang on is not among what may differ."""
+  assert not phased(3) and not phased(3, eval={"calibrate_images": 8})
+  with pytest.raises(ValueError, match=r"undo:\n  phases\[1\].share: 3 there, 2 asked for\n\("):
+    phased(2)
+  with pytest.raises(ValueError, match=r"undo:\n  phases\[2\]: None there, \{'share': 5\} asked for\n\("):
+    phased(3, {"share": 5})
+  with pytest.raises(ValueError, match=r"undo:\n  phases: .{,120} there, None asked for\n\(train.eval_every"):
+    phased(3, phases=None)
+  with pytest.raises(ValueError) as caught:
+    phased(3, steps=8)
+  refused, allowed = str(caught.value).split("\n")[1:]
+  assert refused == "  train.steps: 4 there, 8 asked for"
+  assert allowed.startswith("(train.eval_every,") and "train.steps may not" in allowed
 
 
 def test_what_may_differ_is_recorded(run, command):

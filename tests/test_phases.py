@@ -89,7 +89,26 @@ def test_deps_has_one_schedule_over_its_phases():
   assert recipes.phases("bignas", MOBILE) == []
 
 
+def test_an_axis_of_one_stage_opens_by_its_own_name():
+  """Alone, and against what is said of all stages."""
+  coupled = {"couple": {"layers_1 expand_1": ((1, 2), (2, 4)), "layers_2 expand_2": ((1, 2), (2, 4))}}
+  choices = lambda limits: {a: v for a, v in phases.opened(MOBILE, limits).items() if a.startswith("layers")}
+  assert choices({"layers_1": 2}) == {"layers_1": (3, 4), "layers_2": (2, 3, 4)}
+  assert choices({"layers": 1, "layers_1": 2}) == {"layers_1": (3, 4), "layers_2": (4,)}
+  assert phases.opened(coupled, {"layers_2": 1})["couple"] == {
+    "layers_1 expand_1": ((1, 2), (2, 4)), "layers_2 expand_2": ((2, 4),)}
+
+
+def test_what_widens_from_phase_to_phase():
+  for space, wanted in ((MOBILE, [["kernel"], ["layers"], ["layers"], ["expand"], ["expand"]]),
+                        ({"couple": {"layers_1 expand_1": [[1, 2], [2, 4]]}, "kernel_1": [3, 5]},
+                         [["kernel"], ["layers", "expand"]])):
+    spaces = [phases.opened(space, phase["open"]) for phase in recipes.phases("ofa", space)]
+    assert [phases.widened(*pair) for pair in zip(spaces, spaces[1:])] == wanted
+
+
 @pytest.mark.parametrize("call, message", [
+  (lambda: phases.opened(MOBILE, {"layers_3": 2}), "'layers_3'; did you mean 'layers_[12]'"),
   (lambda: phases.lengths([{"steps": 2}, {"steps": 3}], 6), r"add up to train.steps=6, got \[2, 3\].*share"),
   (lambda: phases.lengths([{"steps": -1}, {"steps": 7}], 6), r"add up to train.steps=6, got \[-1, 7\]"),
   (lambda: phases.lengths([{"steps": 2.0}, {"steps": "a"}], 6), r"got \[2.0, 'a'\]"),

@@ -199,8 +199,8 @@ def test_a_pool_limits_sampling_only():
     check_frequencies(frequencies(space, by, 200), {m: 1 / 2 for m in space.pool})
   assert {space.sample(i, by="cost") for i in range(20)} == set(space.pool)
   assert space.size == 4 and len(set(frequencies(space.without_pool(), "members"))) == 4
-  with pytest.raises(ValueError, match="mlp=5 is outside the space"):
-    Space(layers=(1, 2), mlp=(4, 8), pool=("mlp=5",))
+  with pytest.raises(ValueError, match=r"^space.pool, row 2: sub-network mlp=5: mlp=5 is outside the space"):
+    Space(layers=(1, 2), mlp=(4, 8), pool=("mlp=4", "mlp=5"))
 
 
 def test_unknown_way_of_sampling():
