@@ -154,8 +154,9 @@ def test_statistics_of_another_network_are_told_from_a_network_s_own(tmp_path):
   """The mark lasts through a cut and a file, until the network is calibrated; the largest's are its own."""
   data = {"image": IMAGES[0], "label": np.zeros(3, np.int32)}
   supernet = variables() | {"batch_stats": calibrate(NET.model, variables(), IMAGES)}
-  assert "accuracy" in dict(classification(*extract(NET.model, supernet, NET.space.largest, *NET.inputs), data))
-  refused = pytest.raises(ValueError, match="this Stack is not calibrated: its 'batch_stats' are those of another")
+  whole = extract(NET.model, supernet, NET.space.largest, *NET.inputs)
+  assert "accuracy" in dict(classification(*whole, data))
+  refused = pytest.raises(ValueError, match="Stack is not calibrated: its 'batch_stats' are those of another")
   for subnet in (Subnet(mlp=2), Subnet(layers=(0, 2)), Subnet(resolution=3)):
     module, small = extract(NET.model, supernet, subnet, *NET.inputs)
     save(tmp_path / "small", module, small)

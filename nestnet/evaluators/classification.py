@@ -64,8 +64,9 @@ def _check_own(module, variables):
 
 
 def _uncalibrated(module, why):
-  return UserError(f"this {type(module).__name__} is not calibrated: {why}; first: variables[{STATISTICS!r}] = "
-                   "nestnet.calibrate.calibrate(module, variables, batches of training images)")
+  return UserError(f"this {type(module).__name__} is not calibrated: {why}; first: "
+                   f"variables[{STATISTICS!r}] = nestnet.calibrate.calibrate(module, variables, batches of "
+                   "training images)")
 
 
 def classification_all(one: OneProgram, variables: Mapping[str, Any], statistics: Any, vectors: np.ndarray,

@@ -127,7 +127,7 @@ def test_wrong_tensors_are_counted_and_listed():
     "the state dict is not that of this MobileNetV3: 1 missing, 1 not known, 1 of another shape",
     "missing: blocks.7.conv.depth_conv.se.fc.reduce.bias", "not known: extra.weight",
     "of another shape: classifier.linear.weight: got [1000, 1280], expected [10, 1280]"]
-  with pytest.raises(ValueError, match="40 not known\n  not known: blocks.1.conv.depth_conv.conv.5to3_matrix"):
+  with pytest.raises(ValueError, match="40 not known\n  not known: blocks.1.conv.depth_conv.conv.5to3_m"):
     ofa.load(MobileNetV3(10), {key: np.zeros(shape, np.float32) for key, shape in read("mbv3_keys").items()})
 
 
