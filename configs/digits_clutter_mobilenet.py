@@ -5,7 +5,8 @@
 
 Depth in each of three stages, and expansion and kernel in each block: 6 + 6^2 + 6^3 choices in a stage,
 258^3 = 1.7e7 members in all, which train as data to one program. Another method trains with its name as
-the argument: `configs/digits_clutter_mobilenet.py:ofa`.
+the argument: `configs/digits_clutter_mobilenet.py:ofa`. `--config.space.resolution='(8, 12)'` adds the side
+of the images, in pixels, to the choices.
 """
 
 import ml_collections

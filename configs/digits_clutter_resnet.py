@@ -5,6 +5,7 @@
 Depth in each of three stages, expansion in each block, and one width for the whole network:
 2 (2 + 4 + 8)^3 = 5,488 members, which train as data to one program of two branches, one for each width.
 Another method trains with its name as the argument: `configs/digits_clutter_resnet.py:ofa`.
+`--config.space.resolution='(8, 12)'` adds the side of the images, in pixels, to the choices.
 """
 
 import ml_collections

@@ -227,16 +227,17 @@ def statistics_axes(params: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
 
   Args:
     params: The axis names of the parameters.
-    tree: The collection of statistics.
+    tree: The collection of statistics; a leaf without dimensions, such as a mark, has nothing to name.
 
   Raises:
     ValueError: There is no `scale` where a statistic is.
   """
   scales = {path[:-1]: leaf for path, leaf in _walk(params) if path[-1] == "scale"}
-  missing = ["/".join(path) for path, _ in _walk(tree) if path[:-1] not in scales]
+  leaves = dict(_walk(tree))
+  missing = ["/".join(path) for path, leaf in leaves.items() if leaf.ndim and path[:-1] not in scales]
   if missing:
     raise UserError(f"statistics without a scale beside them among the parameters: {', '.join(missing)}")
-  return _nest({path: scales[path[:-1]] for path, _ in _walk(tree)})
+  return _nest({path: scales[path[:-1]] if leaf.ndim else Axes(()) for path, leaf in leaves.items()})
 
 
 def abstract_variables(model: nn.Module, *inputs: Any, **options: Any) -> dict[str, Any]:

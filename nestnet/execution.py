@@ -13,6 +13,7 @@ from flax.core import meta
 
 from nestnet.axes import abstract_variables, named_variables, statistics_axes, variable_axes
 from nestnet.errors import UserError, one_of
+from nestnet.models.convolution import STATISTICS, borrowed
 from nestnet.models.switch import CHOICE
 from nestnet.objectives.base import Objective, Targets
 from nestnet.slicing import take
@@ -173,6 +174,9 @@ def extract(model: nn.Module, variables: dict[str, Any], subnet: Subnet, *inputs
             groups: dict[str, int] | None = None) -> tuple[nn.Module, dict[str, Any]]:
   """A sub-network as an ordinary module with its own variables.
 
+  Statistics of batch normalisation, where there are any, are cut too, and those of a smaller network
+  marked as borrowed, which evaluators refuse: `nestnet.calibrate` makes its own.
+
   Args:
     model: The supernet.
     variables: Its variables, `{"params": ..., ...}`.
@@ -190,7 +194,11 @@ def extract(model: nn.Module, variables: dict[str, Any], subnet: Subnet, *inputs
     (1, 3)
   """
   small = cut(model, variables, variable_axes(model, *inputs), subnet, groups, strict=True)
-  return module_of(model, subnet), small
+  module = module_of(model, subnet)
+  whole = module == module_of(model, Subnet()) and all(resized(x, subnet).shape == x.shape for x in inputs)
+  if STATISTICS in small and not whole:
+    small[STATISTICS] = borrowed(small[STATISTICS])
+  return module, small
 
 
 def member(supernet: Supernet, objective: Objective, objective_axes: Any, trained: dict[str, Any],

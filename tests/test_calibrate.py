@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nestnet import Space, build, evaluation, extraction, runs
+from nestnet import Space, Subnet, build, evaluation, extraction, runs
 from nestnet.calibrate import average, calibrate, calibrate_all, moments, normalises
 from nestnet.data import Batches, arrays, augmentation
-from nestnet.evaluators.classification import classification
+from nestnet.evaluators.classification import classification, classification_all
 from nestnet.execution import Supernet, extract
-from nestnet.interop.folder import load
+from nestnet.interop.folder import load, save
 from nestnet.models.convolution import ConvNorm
 from nestnet.models.layers import Linear
 from nestnet.models.stack import stack
@@ -148,6 +148,27 @@ def test_evaluating_an_uncalibrated_network_says_so():
   data = {"image": IMAGES[0], "label": np.zeros(3, np.int32)}
   with pytest.raises(ValueError, match="this Stack is not calibrated.*'batch_stats'.*nestnet.calibrate"):
     dict(classification(NET.model, variables(), data))
+
+
+def test_statistics_of_another_network_are_told_from_a_network_s_own(tmp_path):
+  """The mark lasts through a cut and a file, until the network is calibrated; the largest's are its own."""
+  data = {"image": IMAGES[0], "label": np.zeros(3, np.int32)}
+  supernet = variables() | {"batch_stats": calibrate(NET.model, variables(), IMAGES)}
+  whole = extract(NET.model, supernet, NET.space.largest, *NET.inputs)
+  assert "accuracy" in dict(classification(*whole, data))
+  refused = pytest.raises(ValueError, match="Stack is not calibrated: its 'batch_stats' are those of another")
+  for subnet in (Subnet(mlp=2), Subnet(layers=(0, 2)), Subnet(resolution=3)):
+    module, small = extract(NET.model, supernet, subnet, *NET.inputs)
+    save(tmp_path / "small", module, small)
+    cut = {"batch_stats": NET.cut({"batch_stats": small["batch_stats"]}, Subnet(embed=2))["batch_stats"]}
+    for borrowed in (small, load(tmp_path / "small", Stack)[1], small | cut):
+      with refused:
+        dict(classification(module, borrowed, data))
+  small["batch_stats"] = calibrate(module, small, IMAGES)
+  assert "accuracy" in dict(classification(module, small, data))
+  one = OneProgram(NET)
+  with refused:
+    dict(classification_all(one, supernet | cut, {}, one.vector(NET.space.smallest)[None], data))
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,18 @@
 """README's code does what README says."""
 
+import json
 import pathlib
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
+import nestnet
 from nestnet import cli
+from nestnet.evaluators.classification import classification
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,6 +52,21 @@ def test_named_configs_load():
   assert len(set(named)) > 10
   for spec in set(named):
     assert cli.load_config(str(ROOT / spec)).recipe.name in (spec.partition(":")[2] or "sandwich", "ofa"), spec
+
+
+@pytest.mark.slow
+def test_weights_of_the_authors_become_a_network_of_their_own(tmp_path, monkeypatch):
+  """README's lines, on names and shapes of the narrower network with fewer classes."""
+  (code,) = [code for comment, code in blocks() if comment == "authors' weights"]
+  keys = json.loads((ROOT / "tests/fixtures/once_for_all/mbv3_keys.json").read_text())
+  monkeypatch.chdir(tmp_path)
+  (file,) = re.findall(r"\w\S*safetensors", code)
+  safetensors.numpy.save_file({key: np.ones(shape, np.float32) for key, shape in keys.items()}, file)
+  images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+  exec(code.replace("1000, width=1.2", "10"), {"nestnet": nestnet, "images": images, "batches": [images]})
+  module, small = nestnet.load("small")
+  assert set(small["batch_stats"]) == set(small["params"]) - {"head_1", "classifier"}
+  assert "accuracy" in dict(classification(module, small, {"image": images, "label": np.zeros(2, np.int32)}))
 
 
 @pytest.fixture(scope="module")

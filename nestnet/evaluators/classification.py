@@ -14,7 +14,7 @@ import optax
 
 from nestnet.errors import UserError
 from nestnet.execution import resized
-from nestnet.models.convolution import STATISTICS
+from nestnet.models.convolution import BORROWED, STATISTICS
 from nestnet.models.switch import CHOICE
 from nestnet.one_program import OneProgram
 from nestnet.subnet import INPUTS, Subnet
@@ -33,7 +33,7 @@ def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndar
     subnet: Whose resolution the images are given at.
 
   Raises:
-    ValueError: The network normalises by batch statistics and is not calibrated.
+    ValueError: The network normalises by batch statistics and is not calibrated, or by those of another.
   """
   inputs = Subnet(**{axis: size for axis, size in subnet.items() if axis in INPUTS})
   logits = [_logits(module, inputs, variables, images) for images in batches(data["image"])]
@@ -43,6 +43,7 @@ def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndar
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(module, inputs, variables, images):
   images = resized(images, inputs)
+  _check_own(module, variables)
   if STATISTICS in variables:
     return module.apply(variables, images)["logits"]
   outputs, recorded = module.apply(variables, images, mutable=[STATISTICS])
@@ -53,9 +54,19 @@ def _logits(module, inputs, variables, images):
 def _check_calibrated(module, recorded):
   if jax.tree.leaves(recorded):
     # Its predictions would depend on which images stand beside one another.
-    raise UserError(f"this {type(module).__name__} is not calibrated: it has batch normalisation and its "
-                    f"variables hold no {STATISTICS!r}; first: variables[{STATISTICS!r}] = "
-                    "nestnet.calibrate.calibrate(module, variables, batches of training images)")
+    raise _uncalibrated(module, f"it has batch normalisation and its variables hold no {STATISTICS!r}")
+
+
+def _check_own(module, variables):
+  if BORROWED in variables.get(STATISTICS, {}):
+    raise _uncalibrated(module, f"its {STATISTICS!r} are those of another network, from which it was cut or "
+                        "loaded")
+
+
+def _uncalibrated(module, why):
+  return UserError(f"this {type(module).__name__} is not calibrated: {why}; first: "
+                   f"variables[{STATISTICS!r}] = nestnet.calibrate.calibrate(module, variables, batches of "
+                   "training images)")
 
 
 def classification_all(one: OneProgram, variables: Mapping[str, Any], statistics: Any, vectors: np.ndarray,
@@ -70,9 +81,10 @@ def classification_all(one: OneProgram, variables: Mapping[str, Any], statistics
     data: As in `classification`; the resolution is that of each sub-network.
 
   Raises:
-    ValueError: The networks normalise by batch statistics and are not calibrated.
+    ValueError: As in `classification`.
   """
   own = {STATISTICS: statistics} if statistics else {}
+  _check_own(one.supernet.model, {**variables, **own})
   labels, hits, losses = data["label"], 0, 0.0
   for start, images in zip(range(0, len(labels), BATCH), batches(data["image"])):
     known = np.full(BATCH, -1, np.int32)

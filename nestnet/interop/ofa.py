@@ -3,9 +3,13 @@
     model = MobileNetV3(1000, width=1.2, transforms=True)
     variables = ofa.load(model, "ofa_mbv3_d234_e346_k357_w1.2.safetensors")
     module, small = extract(model, variables, ofa.subnet(model, ks=3, e=4, d=2), images)
+    small["batch_stats"] = calibrate(module, small, batches)
+    save("small", module, small, {"data": "ImageNet"})
 
-The published files are pickles, which nestnet does not read; `CONVERT` is the command, run beside
-PyTorch, that makes a safetensors file of one.
+`images` is a batch or its shape; `batches` are of training images, 2,000 in all in the authors' code. The
+running averages in the file of a supernet come from all the networks that trained it and are right for
+none, so that evaluators refuse them. The published files are pickles, which nestnet does not read;
+`CONVERT` is the command, run beside PyTorch, that makes a safetensors file of one.
 """
 
 from __future__ import annotations
@@ -29,8 +33,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nestnet.axes import REST, abstract_variables
 from nestnet.errors import MissingFileError, UserError
-from nestnet.models.convolution import STATISTICS
+from nestnet.models.convolution import STATISTICS, borrowed
 from nestnet.models.mobilenet import MobileNet
+from nestnet.models.mobilenet_v3 import MobileNetV3
+from nestnet.models.proxyless_nas import ProxylessNAS
 from nestnet.models.resnet50d import ResNet50D
 from nestnet.subnet import Subnet
 
@@ -38,6 +44,13 @@ CONVERT = (
   "python -c \"import sys, torch, safetensors.torch as s; f = torch.load(sys.argv[1], map_location='cpu', "
   "weights_only=True); s.save_file({k: v.clone().contiguous() for k, v in f.get('state_dict', f).items()}, "
   "sys.argv[2])\" PUBLISHED OUT.safetensors")
+
+PUBLISHED = (MobileNetV3, ProxylessNAS, ResNet50D)
+# What their sub-networks have: of a MobileNet, then of a ResNet.
+DEPTHS, EXPANSIONS, KERNELS = (2, 3, 4), (3, 4, 6), (3, 5, 7)
+MORE_DEPTHS, SHARES = (0, 1, 2), (0.2, 0.25, 0.35)
+# Tensors of each kind that a message lists.
+LISTED = 8
 
 _NORM = {("params", "scale"): "weight", ("params", "bias"): "bias", (STATISTICS, "mean"): "running_mean",
          (STATISTICS, "var"): "running_var"}
@@ -66,22 +79,25 @@ def load(model: MobileNet | ResNet50D, state: Mapping[str, Any] | str | os.PathL
     state: Arrays by the authors' names, in PyTorch's layout; or a `.safetensors` file of them.
 
   Returns:
-    `{"params": ..., "batch_stats": ...}`. The statistics are those of the authors' largest network.
+    `{"params": ..., "batch_stats": ...}`. The statistics are the authors' running averages, marked as
+    borrowed: a network, the largest too, is calibrated before it is evaluated.
 
   Raises:
-    ValueError: Tensors are missing, not known or of another shape, all of them listed; or the file is no
-      safetensors file.
+    ValueError: Tensors are missing, not known or of another shape, which are counted and the first of them
+      listed; or the file is no safetensors file; or the authors published no such network.
     FileNotFoundError: There is no such file.
   """
+  _check_published(model)
   if not isinstance(state, Mapping):
-    state = _read(pathlib.Path(state))
+    state = _read(state)
   given = {_short(name): (name, array) for name, array in state.items()
            if not name.endswith("num_batches_tracked")}
   shapes = _shapes(model)
   entries = list(_entries(model, shapes))
-  problems = [f"  missing: {entry.name}" for entry in entries if entry.name not in given]
   known = {entry.name for entry in entries}
-  problems += [f"  not known: {name}" for short, (name, _) in given.items() if short not in known]
+  missing = [entry.name for entry in entries if entry.name not in given]
+  unknown = [name for short, (name, _) in given.items() if short not in known]
+  shaped = []
   leaves: dict[tuple[str, ...], Any] = {}
   for entry in entries:
     if entry.name not in given:
@@ -91,18 +107,34 @@ def load(model: MobileNet | ResNet50D, state: Mapping[str, Any] | str | os.PathL
     array = np.asarray(array)
     expected = _theirs(entry, shape)
     if array.shape != expected:
-      problems.append(f"  {name}: shape {list(array.shape)}, expected {list(expected)}")
+      shaped.append(f"{name}: got {list(array.shape)}, expected {list(expected)}")
       continue
     array = _ours(array, len(shape), entry)
     if entry.index is None:
       leaves[entry.path] = array
     else:
       leaves.setdefault(entry.path, {})[entry.index] = array
-  if problems:
-    raise UserError(f"the state dict is not that of this {type(model).__name__}:\n" + "\n".join(problems))
+  if missing or unknown or shaped:
+    raise _other_state(model, {"missing": missing, "not known": unknown, "of another shape": shaped})
   whole = {path: np.stack([leaf[i] for i in range(len(leaf))]) if isinstance(leaf, dict) else leaf
            for path, leaf in leaves.items()}
-  return unflatten_dict({path: jnp.asarray(leaf, shapes[path].dtype) for path, leaf in whole.items()})
+  tree = unflatten_dict({path: jnp.asarray(leaf, shapes[path].dtype) for path, leaf in whole.items()})
+  return tree | {STATISTICS: borrowed(tree[STATISTICS])}
+
+
+def _check_published(model: nn.Module) -> None:
+  if type(model) not in PUBLISHED:
+    raise UserError(f"the authors of Once-for-All published no weights of a {type(model).__name__}; allowed "
+                    f"are {', '.join(each.__name__ for each in PUBLISHED)}")
+
+
+def _other_state(model: nn.Module, problems: Mapping[str, Sequence[str]]) -> UserError:
+  lines = [f"the state dict is not that of this {type(model).__name__}: "
+           + ", ".join(f"{len(names)} {kind}" for kind, names in problems.items() if names)]
+  for kind, names in problems.items():
+    lines += [f"  {kind}: {name}" for name in names[:LISTED]]
+    lines += [f"  ... and {len(names) - LISTED} more {kind}"] if len(names) > LISTED else []
+  return UserError("\n".join(lines))
 
 
 def subnet(model: MobileNet | ResNet50D, *, d: int | Sequence[int], e: float | Sequence[float],
@@ -112,15 +144,18 @@ def subnet(model: MobileNet | ResNet50D, *, d: int | Sequence[int], e: float | S
 
   Args:
     model: The supernet in full.
-    d: Depth of each stage; of a ResNet the stem first, 0 without its residual convolution, then what a
-      stage has more than the least. A scalar stands for all, here and below.
-    e: Expansion for each block of the supernet, those that are left out included.
-    ks: Kernel size for each block of the supernet; not of a ResNet.
+    d: Depth of each stage, `DEPTHS`, where a stage has more than one block; of a ResNet, `MORE_DEPTHS`, the
+      stem first, which has its residual convolution with 2, then what a stage has more than the least.
+      A scalar stands for all, here and below.
+    e: Expansion for each block of the supernet, `EXPANSIONS`, of a ResNet `SHARES`; what stands for blocks
+      that are left out is not read.
+    ks: Kernel size for each block of the supernet, `KERNELS`; not of a ResNet.
     w: Positions in `widths` for a ResNet: inside the stem, behind it, and for each stage.
     widths: What the positions mean, in hundredths.
 
   Raises:
-    ValueError: A list has another length than the network has places.
+    ValueError: A list has another length than the network has places, or a value is none of the published
+      networks'.
 
   Example:
     >>> from nestnet.models.mobilenet_v3 import MobileNetV3
@@ -128,36 +163,60 @@ def subnet(model: MobileNet | ResNet50D, *, d: int | Sequence[int], e: float | S
     >>> small["layers_3"], small["expand_5"], small["kernel_1"]
     (3, 3, 7)
   """
-  stages = model.stages
+  _check_published(model)
+  stages, mobile = model.stages, isinstance(model, MobileNet)
+  for name, value in ({"w": w} if mobile else {"ks": ks}).items():
+    if value is not None:
+      raise UserError(f"{name}={value}: the authors' {type(model).__name__} has no such choice; allowed are "
+                      + ("d, e and ks" if mobile else "d, e and w"))
   full = [getattr(model, f"layers_{s}") for s in stages]
   starts = [0, *itertools.accumulate(full)]
   sizes: dict[str, Any] = {}
-  if isinstance(model, MobileNet):
-    depths = [min(depth, most) for depth, most in zip(_list("d", d, len(stages)), full)]
-    choices = {"expand": _list("e", e, starts[-1]), "kernel": _list("ks", ks, starts[-1])}
+  if mobile:
+    depths = [min(_allowed(place, DEPTHS if most > 1 else (1, *DEPTHS)), most)
+              for place, most in zip(_places("d", d, len(stages)), full)]
+    choices = {"expand": (_places("e", e, starts[-1]), EXPANSIONS),
+               "kernel": (_places("ks", ks, starts[-1]), KERNELS)}
   else:
-    stem, *more = _list("d", d, len(stages) + 1)
+    stem, *more = (_allowed(place, MORE_DEPTHS) for place in _places("d", d, len(stages) + 1))
     depths = [most - 2 + extra for most, extra in zip(full, more)]
-    choices = {"expand": [round(100 * x) for x in _list("e", e, starts[-1])]}
+    choices = {"expand": (_places("e", e, starts[-1]), SHARES)}
     sizes["layers_0"] = 2 if stem == 2 else 1
-    for name, position in zip(("stem", 0, *stages), _list("w", w, len(stages) + 2)):
-      sizes[f"width_{name}"] = widths[position]
+    for name, place in zip(("stem", 0, *stages), _places("w", w, len(stages) + 2)):
+      sizes[f"width_{name}"] = widths[_allowed(place, range(len(widths)))]
   for s, start, depth in zip(stages, starts, depths):
     sizes[f"layers_{s}"] = depth
-    sizes |= {f"{axis}_{s}": tuple(values[start:start + depth]) for axis, values in choices.items()}
+    for axis, (places, allowed) in choices.items():
+      values = [_allowed(place, allowed) for place in places[start:start + depth]]
+      sizes[f"{axis}_{s}"] = tuple(x if mobile else round(100 * x) for x in values)
   return Subnet(**sizes)
 
 
-def _list(name: str, value: Any, count: int) -> list[Any]:
+def _places(name: str, value: Any, count: int) -> list[tuple[str, Any]]:
+  """What is asked for in each place, with what the user calls it."""
   if value is None:
     raise UserError(f"{name} is missing; allowed are a number and a list of {count}")
-  values = list(value) if isinstance(value, (list, tuple)) else [value] * count
-  if len(values) != count:
-    raise UserError(f"{name} lists {len(values)} values; allowed are a number and a list of {count}")
-  return values
+  if not isinstance(value, (list, tuple, np.ndarray)):
+    return [(name, value)] * count
+  if len(value) != count:
+    raise UserError(f"{name} lists {len(value)} values; allowed are a number and a list of {count}")
+  return [(f"{name}[{i}]", each) for i, each in enumerate(value)]
 
 
-def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _allowed(place: tuple[str, Any], allowed: Sequence[Any]) -> Any:
+  name, value = place
+  if value not in allowed:
+    raise UserError(f"{name}={value}; allowed are {', '.join(map(str, allowed))}")
+  return allowed[allowed.index(value)]
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+  if not isinstance(path, (str, os.PathLike)):
+    raise UserError(f"state is {path!r}; allowed are a mapping of names to arrays and the path of a "
+                    ".safetensors file")
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise UserError(f"{path} is a folder; allowed is a .safetensors file")
   if not path.is_file():
     raise MissingFileError(f"no file {path}")
   try:

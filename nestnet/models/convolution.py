@@ -21,6 +21,20 @@ from nestnet.models.layers import Linear
 from nestnet.subnet import Subnet
 
 STATISTICS = "batch_stats"
+# A mark among the statistics: they are another network's. What calibration makes comes without it.
+BORROWED = "borrowed"
+
+
+def borrowed(statistics: Mapping[str, Any]) -> dict[str, Any]:
+  """Statistics marked as another network's: it can be applied with them, and evaluators refuse it.
+
+  The mark is a leaf beside theirs, so that a cut and a file keep it.
+
+  Example:
+    >>> sorted(borrowed({"norm": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}))
+    ['borrowed', 'norm']
+  """
+  return {**statistics, BORROWED: jnp.array(True)}
 
 
 def divisible(value: float, divisor: int = 8) -> int:

@@ -16,10 +16,15 @@ from flax.core import meta
 
 from nestnet.axes import variable_axes
 from nestnet.cost import count_params, count_tree
+from nestnet.evaluators.classification import classification
 from nestnet.execution import cut, extract, module_of
 from nestnet.interop import ofa
+from nestnet.models.big_nas import AttentiveNAS
 from nestnet.models.mobilenet_v3 import MobileNetV3
+from nestnet.models.proxyless_nas import ProxylessNAS
 from nestnet.models.resnet50d import ResNet50D
+from nestnet.models.small_mobilenet import SmallMobileNet
+from nestnet.models.small_resnet import SmallResNet
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "once_for_all"
 MODELS = {"mbv3": MobileNetV3(10, transforms=True), "rn50": ResNet50D(10)}
@@ -105,20 +110,41 @@ def test_a_safetensors_file(tmp_path):
     ofa.load(MODELS["rn50"], tmp_path / "b.pth")
   with pytest.raises(FileNotFoundError):
     ofa.load(MODELS["rn50"], tmp_path / "c")
+  with pytest.raises(ValueError, match="is a folder; allowed is a .safetensors file"):
+    ofa.load(MODELS["rn50"], tmp_path)
+  with pytest.raises(ValueError, match="state is None; allowed are a mapping .* and the path"):
+    ofa.load(MODELS["rn50"], None)
 
 
-def test_every_wrong_tensor_is_listed():
+def test_wrong_tensors_are_counted_and_listed():
   state = {key: np.zeros(shape, np.float32) for key, shape in read("mbv3_keys").items()}
   del state["blocks.7.conv.depth_conv.se.fc.reduce.bias"]
   state["classifier.linear.weight"] = np.zeros((1000, 1280), np.float32)
   state["extra.weight"] = np.zeros(3, np.float32)
   with pytest.raises(ValueError) as error:
     ofa.load(MODELS["mbv3"], state)
-  assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+  assert [line.strip() for line in str(error.value).splitlines()] == [
+    "the state dict is not that of this MobileNetV3: 1 missing, 1 not known, 1 of another shape",
     "missing: blocks.7.conv.depth_conv.se.fc.reduce.bias", "not known: extra.weight",
-    "classifier.linear.weight: shape [1000, 1280], expected [10, 1280]"]
-  with pytest.raises(ValueError, match="not known: blocks.1.conv.depth_conv.conv.5to3_matrix"):
+    "of another shape: classifier.linear.weight: got [1000, 1280], expected [10, 1280]"]
+  with pytest.raises(ValueError, match="40 not known\n  not known: blocks.1.conv.depth_conv.conv.5to3_m"):
     ofa.load(MobileNetV3(10), {key: np.zeros(shape, np.float32) for key, shape in read("mbv3_keys").items()})
+
+
+def test_of_many_wrong_tensors_the_first_are_listed():
+  with pytest.raises(ValueError) as error:
+    ofa.load(MODELS["rn50"], {"x": np.zeros(1)})
+  first, *lines = str(error.value).splitlines()
+  count = len(read("rn50_keys"))
+  assert first.endswith(f"ResNet50D: {count} missing, 1 not known")
+  assert len(lines) == 10 and lines[8:] == [f"  ... and {count - 8} more missing", "  not known: x"]
+
+
+def test_statistics_of_the_published_file_do_not_pass_for_a_network_s_own():
+  model = MODELS["mbv3"]
+  variables = ofa.load(model, {key: np.zeros(shape, np.float32) for key, shape in read("mbv3_keys").items()})
+  with pytest.raises(ValueError, match="not calibrated: its 'batch_stats' are those of another network"):
+    dict(classification(model, variables, {"image": np.asarray(IMAGES), "label": np.zeros(2, np.int32)}))
 
 
 def test_descriptions_that_do_not_fit():
@@ -126,3 +152,37 @@ def test_descriptions_that_do_not_fit():
     ofa.subnet(MODELS["mbv3"], d=2, e=[3] * 19, ks=7)
   with pytest.raises(ValueError, match="ks is missing"):
     ofa.subnet(MODELS["mbv3"], d=2, e=3)
+
+
+@pytest.mark.parametrize("name, described, message", [
+  ("mbv3", {"d": 9, "e": 3, "ks": 7}, "d=9; allowed are 2, 3, 4"),
+  ("mbv3", {"d": [2, 2, 1, 2, 2], "e": 3, "ks": 7}, r"d\[2\]=1; allowed are 2, 3, 4"),
+  ("mbv3", {"d": 2, "e": 3, "ks": 4}, "ks=4; allowed are 3, 5, 7"),
+  ("mbv3", {"d": 2, "e": [3] * 4 + [5] * 16, "ks": 7}, r"e\[4\]=5; allowed are 3, 4, 6"),
+  ("mbv3", {"d": 2, "e": 3, "ks": 7, "w": 0}, "w=0: the authors' MobileNetV3 has no such .* d, e and ks"),
+  ("rn50", {"d": 5, "e": 0.2, "w": 0}, "d=5; allowed are 0, 1, 2"),
+  ("rn50", {"d": [7, 0, 0, 0, 0], "e": 0.2, "w": 0}, r"d\[0\]=7; allowed are 0, 1, 2"),
+  ("rn50", {"d": 0, "e": 3, "w": 0}, "e=3; allowed are 0.2, 0.25, 0.35"),
+  ("rn50", {"d": 0, "e": 0.2, "w": 7}, "w=7; allowed are 0, 1, 2"),
+  ("rn50", {"d": 0, "e": 0.2, "w": -1}, "w=-1; allowed are 0, 1, 2"),
+  ("rn50", {"d": 0, "e": 0.2, "w": 0, "ks": 3}, "ks=3: the authors' ResNet50D has no such .* d, e and w")])
+def test_what_was_not_published_is_refused(name, described, message):
+  with pytest.raises(ValueError, match=message):
+    ofa.subnet(MODELS[name], **described)
+
+
+def test_what_is_left_out_is_not_read():
+  """And a stage of one block has it whatever is asked for, as in the authors' code."""
+  small = ofa.subnet(MODELS["mbv3"], d=2, e=[3, 6, 0, 0] * 5, ks=[5, 3, 0, 0] * 5)
+  assert small["expand_5"] == (3, 6) and small["kernel_1"] == (5, 3)
+  for d in (4, [4] * 5 + [1]):
+    assert ofa.subnet(ProxylessNAS(10), d=d, e=3, ks=3)["layers_6"] == 1
+
+
+@pytest.mark.parametrize("model", [SmallMobileNet(10), SmallResNet(10), AttentiveNAS(10)])
+def test_networks_that_were_not_published_are_refused(model):
+  message = f"no weights of a {type(model).__name__}; allowed are MobileNetV3, ProxylessNAS, ResNet50D"
+  with pytest.raises(ValueError, match=message):
+    ofa.load(model, {})
+  with pytest.raises(ValueError, match=message):
+    ofa.subnet(model, d=2, e=3, ks=3)
