@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -149,8 +148,7 @@ def opened(workdir: str | os.PathLike[str]) -> tuple[Run, int, TrainState]:
     raise MissingFileError(f"no checkpoint in {workdir / 'checkpoints'}; train first: python -m "
                            f"experiments.train --config=... --workdir={workdir}")
   step, state = found
-  if line := provenance.unfinished(run, step):
-    print(line, file=sys.stderr, flush=True)
+  provenance.tell(run, step)
   return run, step, state
 
 
