@@ -112,8 +112,8 @@ def searched(space: Space) -> str:
   """Which members a search of a space looks among, in words.
 
   Example:
-    >>> searched(Space(mlp=(8, 16), pool=("mlp=8",)))
-    'only the 1 members of space.pool, of 2; --beyond_pool searches all'
+    >>> searched(Space(mlp=(8, 16, 32), pool=("mlp=8", "mlp=16")))
+    'only the 2 members of space.pool, of 3; --beyond_pool searches all'
   """
   try:
     size = f"{space.size:,}"
