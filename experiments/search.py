@@ -24,19 +24,21 @@ POPULATION = flags.DEFINE_integer("population", 100, "members of a generation; r
 GENERATIONS = flags.DEFINE_integer("generations", None, "how many; by default 500, of nsga2 40, of "
                                   "coarse_to_fine 5")
 SEED = flags.DEFINE_integer("seed", 0, "of the search")
-BEYOND = flags.DEFINE_bool("beyond_pool", False, "search the whole space where it has a pool")
+BEYOND = flags.DEFINE_bool("beyond_pool", False, "search the whole space even where only its pool "
+                           "trained")
 
 
 def main(argv):
   del argv
   from nestnet import search_run
+  from nestnet.subnet import folded
   limits = {"params": PARAMS.value, "flops": FLOPS.value, "latency_ms": LATENCY.value}
   result = search_run.search_run(
     WORKDIR.value, OUT.value, {name: limit for name, limit in limits.items() if limit is not None},
     METHOD.value, ACCURACY.value, COSTS.value, SAMPLES.value, POPULATION.value, GENERATIONS.value, SEED.value,
     BEYOND.value)
   print(f"{search_run.table(result)}\n{search_run.summary(result)}\nnext: python -m experiments.extract "
-        f"--workdir={WORKDIR.value} --subnet='{result['subnet']}' --out=...")
+        f"--workdir={WORKDIR.value} --subnet='{folded(result['subnet'])}' --out=...")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def _finish(
   # An inch has room for so many characters of these sizes.
   width = chart.get_figwidth()
   chart.suptitle(textwrap.fill(title, int(8.5 * width)), fontsize=13, fontweight="bold")
-  chart.supxlabel(textwrap.fill(caption, int(15 * width)), fontsize=8.5, color="#555555")
+  chart.supxlabel(textwrap.fill(caption, int(14 * width)), fontsize=8.5, color="#555555")
   png = io.BytesIO()
   chart.savefig(png, format="png", dpi=200)
   files.atomic_write(path, png.getvalue())

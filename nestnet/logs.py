@@ -76,6 +76,7 @@ class Progress:
 
   def __init__(self, total: int, start: int = 0, label: str = "train", every_seconds: float = 10.0):
     self._total, self._start, self._label = total, start, label
+    self._step = start
     self._interactive = sys.stderr.isatty()
     self._bar = tqdm.tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True,
                           disable=not self._interactive)
@@ -91,6 +92,7 @@ class Progress:
 
   def update(self, step: int, scalars: Mapping[str, float]) -> None:
     """Shows that `step` is done."""
+    self._step = step
     text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()
                      if name in ("loss", "accuracy") and math.isfinite(value))
     self._bar.set_postfix_str(text, refresh=False)
@@ -103,6 +105,15 @@ class Progress:
     left = (self._total - step) / max(rate, 1e-9)
     print(f"{self._label} {step}/{self._total}  {rate:.1f} steps/s  {left:.0f} s left  {text}",
           file=sys.stderr, flush=True)
+
+  def advance(self, scalars: Mapping[str, float]) -> None:
+    """Shows that one more is done."""
+    self.update(self._step + 1, scalars)
+
+  def extend(self, count: int) -> None:
+    """So many more are to come."""
+    self._total += count
+    self._bar.total = self._total
 
   def close(self) -> None:
     self._bar.close()

@@ -22,9 +22,12 @@ import optax
 from scipy import stats
 
 from nestnet.errors import UserError
+from nestnet.logs import Progress
 from nestnet.space import Space
 from nestnet.subnet import Subnet
 
+# Fewer evaluated members than that teach nothing.
+LEAST = 10
 # Keeps the draws apart from those of training and of search.
 _STREAM = 11
 _PATIENCE = 100
@@ -112,8 +115,8 @@ def train(space: Space, members: Sequence[Subnet], accuracies: Sequence[float], 
   Raises:
     ValueError: Fewer than 10 members.
   """
-  if len(members) < 10:
-    raise UserError(f"a predictor needs at least 10 evaluated sub-networks, got {len(members)}")
+  if len(members) < LEAST:
+    raise UserError(f"a predictor needs at least {LEAST} evaluated sub-networks, got {len(members)}")
   rng, codes, y = np.random.default_rng((_STREAM, seed)), encode(space, members), np.array(accuracies, float)
   order = rng.permutation(len(y))
   held, kept = np.split(order, [max(2, len(y) // 10)])
@@ -175,8 +178,8 @@ def drawn(space: Space, count: int, seed: int = 0) -> list[Subnet]:
 
 
 def evaluated(path: str | os.PathLike[str], members: Iterable[Subnet],
-              evaluate: Callable[[list[Subnet]], Iterable[Mapping[str, Any]]], at_once: int = 16
-              ) -> list[dict[str, Any]]:
+              evaluate: Callable[[list[Subnet]], Iterable[Mapping[str, Any]]], at_once: int = 16,
+              progress: Progress | None = None) -> list[dict[str, Any]]:
   """Rows of members, evaluated where the file does not have them yet; a kill loses nothing.
 
   Args:
@@ -184,6 +187,7 @@ def evaluated(path: str | os.PathLike[str], members: Iterable[Subnet],
     members: Which.
     evaluate: Gives the rows of a list of members, in order.
     at_once: How many members are evaluated between two writes.
+    progress: Shows how many are.
 
   Returns:
     The rows of `members`, in order.
@@ -197,10 +201,14 @@ def evaluated(path: str | os.PathLike[str], members: Iterable[Subnet],
   with open(path, "ab") as file:
     file.truncate(whole)
     missing = [m for m in dict.fromkeys(members) if str(m) not in rows]
+    if progress:
+      progress.extend(len(missing))
     for start in range(0, len(missing), at_once):
       for row in evaluate(missing[start:start + at_once]):
         rows[row["subnet"]] = dict(row)
         file.write(json.dumps(row).encode() + b"\n")
+        if progress:
+          progress.advance(row)
       file.flush()
       os.fsync(file.fileno())
   return [rows[str(m)] for m in members]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 
 from nestnet.build import Run
@@ -41,6 +42,12 @@ def trained(run: Run, steps: int) -> list[str] | str:
 def whole(run: Run, steps: int) -> bool:
   """Whether the first steps of a run drew from all of a space, though it may have a pool."""
   return any(phase.step.recipe.sampler.whole for phase, _, _ in _ran(run, steps))
+
+
+def tell(run: Run, steps: int) -> None:
+  """Prints what `unfinished` says, if anything, on stderr."""
+  if line := unfinished(run, steps):
+    print(line, file=sys.stderr, flush=True)
 
 
 def unfinished(run: Run, steps: int) -> str:

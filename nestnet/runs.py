@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import pathlib
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -152,8 +151,7 @@ def opened(workdir: str | os.PathLike[str]) -> tuple[Run, int, TrainState]:
     raise MissingFileError(f"no checkpoint in {workdir / 'checkpoints'}; train first: python -m "
                            f"experiments.train --config=... --workdir={workdir}")
   step, state = found
-  if line := provenance.unfinished(run, step):
-    print(line, file=sys.stderr, flush=True)
+  provenance.tell(run, step)
   return run, step, state
 
 

@@ -104,7 +104,24 @@ class Problem:
     """The error for budgets that no member fits."""
     wanted = ", ".join(f"{name} of at most {limit:g}" for name, limit in self.budgets.items())
     least = ", ".join(f"{name} {value:g}" for name, value in cheapest.items())
-    return UserError(f"no sub-network has {wanted}; the cheapest: {least}")
+    scope = f" ({searched(self.space)})" if self.space.pool else ""
+    return UserError(f"no sub-network has {wanted}; the cheapest: {least}{scope}")
+
+
+def searched(space: Space) -> str:
+  """Which members a search of a space looks among, in words.
+
+  Example:
+    >>> searched(Space(mlp=(8, 16, 32), pool=("mlp=8", "mlp=16")))
+    'only the 2 members of space.pool, of 3; --beyond_pool searches all'
+  """
+  try:
+    size = f"{space.size:,}"
+  except UserError:
+    size = "more than one can count"
+  if not space.pool:
+    return f"all members, {size}"
+  return f"only the {len(space.pool)} members of space.pool, of {size}; --beyond_pool searches all"
 
 
 def evolve(problem: Problem, *, population: int = 100, generations: int = 500, parents: float = 0.25,

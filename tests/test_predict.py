@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from nestnet import Space, Subnet, errors, predict
+from nestnet import Space, Subnet, errors, logs, predict
 from nestnet.choices import spaced
 
 SPACE = Space(layers=(1, 2, 3), couple={"embed heads": ((8, 1), (8, 2), (16, 2))}, mlp=(8, 16, 32),
@@ -73,6 +73,16 @@ def test_quality():
 
 class Killed(Exception):
   pass
+
+
+def test_one_bar_shows_all_that_is_evaluated(tmp_path, capsys):
+  evaluate = lambda some: [{"subnet": str(m)} for m in some]
+  bar, members = logs.Progress(0, label="evaluate"), predict.drawn(SPACE, 10)
+  for some in (members[:6], members):
+    predict.evaluated(tmp_path / "members.jsonl", some, evaluate, at_once=3, progress=bar)
+  # What the file has is not done again.
+  lines = capsys.readouterr().err.splitlines()
+  assert [line.split("  ")[0] for line in lines] == ["evaluate 6/6", "evaluate 10/10"]
 
 
 def test_a_kill_loses_nothing_and_nothing_is_evaluated_twice(tmp_path):

@@ -87,6 +87,9 @@ def test_what_is_small_or_pooled_is_gone_through():
     found = find(problem({"volume": 600}, pooled, asked))
     assert found.subnet == max((m for m in pooled.pool if volume(m) <= 600), key=accuracy)
     assert set(asked) <= set(pooled.pool)
+  with pytest.raises(errors.UserError, match=r"volume 64 \(only the 3 members of space.pool, of 27; "
+                     r"--beyond_pool searches all\)"):
+    evolve(problem({"volume": 60}, pooled))
   tiny = Space(embed=(8, 16), layers=(1, 2), heads=(1,), mlp=(8,))
   assert evolve(problem({"layers": 1}, tiny)).subnet == exhaustive({"layers": 1}, tiny)
 

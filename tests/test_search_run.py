@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -52,11 +53,44 @@ def test_the_result_is_the_best_that_fits(finished, tmp_path, method):
   assert len({json.loads(line)["subnet"] for line in lines}) == len(lines) == 3
 
 
+def changed(finished, workdir, **sampler):
+  """The same run, as if its sampler had had other options."""
+  shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("members_*"))
+  saved = json.loads((workdir / "config.json").read_text())
+  saved["config"]["recipe"]["sampler"].update(sampler)
+  (workdir / "config.json").write_text(json.dumps(saved))
+  return workdir
+
+
 @pytest.mark.slow
-def test_a_pool_is_not_left(finished, tmp_path):
-  result = search_run.search_run(finished, tmp_path, {"params": 1e9})
+def test_where_only_the_pool_trained_it_is_not_left_and_that_is_said(finished, tmp_path, capsys):
+  result = search_run.search_run(finished, tmp_path / "out", {"params": 1e9})
   pool = runs.opened(finished)[0].supernet.space.pool
   assert result["members_looked_at"] == len(pool) and result["subnet"] in map(str, pool)
+  scope = "only the 2 members of space.pool, of 4; --beyond_pool searches all"
+  assert f"searched: {scope}" in (tmp_path / "out" / "search.md").read_text()
+  with pytest.raises(errors.UserError, match=f"the cheapest: params .*{scope}"):
+    search_run.search_run(finished, tmp_path / "out", {"params": 1})
+  # Refused before anything is evaluated.
+  fresh = changed(finished, tmp_path / "fresh")
+  with pytest.raises(errors.UserError, match=f"there are 2: {scope}. Allowed: --accuracy=measured"):
+    search_run.search_run(fresh, tmp_path / "out", {"params": 1e9}, accuracy="predicted")
+  assert not list(fresh.glob("members_*"))
+
+
+@pytest.mark.slow
+def test_where_the_whole_space_trained_it_is_searched(finished, tmp_path, capsys):
+  workdir = changed(finished, tmp_path / "run", whole=True)
+  result = search_run.search_run(workdir, tmp_path / "out", {"params": 1e9})
+  assert result["members_looked_at"] == 4 and result["searched"] == "all members, 4"
+  assert "evaluate 4/4 " in capsys.readouterr().err
+  search_run.search_run(workdir, tmp_path / "out", {"params": 1e9}, show_progress=False)
+  assert capsys.readouterr().err == ""
+
+
+def test_what_is_not_finite_is_null():
+  assert search_run._json({"a": [float("nan"), 1.5, {"b": -float("inf")}], "c": "x", "d": None}) == {
+    "a": [None, 1.5, {"b": None}], "c": "x", "d": None}
 
 
 @pytest.mark.slow
