@@ -236,8 +236,9 @@ def _stretches(phases: Sequence[Mapping], steps: Sequence[int]) -> list[tuple[in
 def _rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
   """The learning rate over the steps of an optimizer."""
   warmup = optim.get("warmup_steps", 0) + round(optim.get("warmup_share", 0.0) * steps)
-  return schedule(optim.get("schedule", "constant"), optim["learning_rate"] * optim.get("factor", 1.0), warmup,
-                  steps, **{k: optim[k] for k in SCHEDULE if k in optim})
+  highest = optim["learning_rate"] * optim.get("factor", 1.0)
+  return schedule(optim.get("schedule", "constant"), highest, warmup, steps,
+                  **{k: optim[k] for k in SCHEDULE if k in optim})
 
 
 def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, rate: optax.Schedule,
