@@ -70,7 +70,8 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
       `{"name": "package.module:function", ...}` with options of that function; and how many of the largest
       choices of axes are open in it, `open={"kernel": 1}`. Its other keys override groups. A phase with an
       `optim` of its own begins with a fresh optimizer.
-    mesh: What to lay it over in place of the config's.
+    mesh: What to lay it over in place of the config's, to look at it and not to train: what only training
+      needs is then neither built nor checked.
 
   Raises:
     ValueError: An unknown key or name, or sizes that do not go together.
@@ -88,7 +89,7 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
   if mesh is None:
     # What -1 stood for is written out: who opens the run elsewhere knows how many data shards drew.
     config["mesh"] = {axis: here.shape[axis] for axis in config["mesh"]}
-  phases = _phases(config, dataset, here)
+  phases = _phases(config, dataset, here, trains=mesh is None)
   return Run(config, dataset, _batches(config, dataset, here), phases)
 
 
@@ -116,7 +117,7 @@ def planned(config: Mapping[str, Any], devices: Sequence[Any]
   return phases, {"image": laid((size, *dataset.shape), jnp.float32), "label": laid((size,), jnp.int32)}
 
 
-def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh
+def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, trains: bool = True
             ) -> tuple[training.Phase, ...]:
   size, parts = config["train"]["batch_size"], config["train"].get("accumulate", 1)
   if size % (batch_shards(mesh) * parts):
@@ -133,7 +134,7 @@ def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh
       settled.append((_transition(override.get("enter")), merged, _rate(merged["optim"], stretch)))
   for number, ((enter, merged, rate), (steps, _, fresh)) in enumerate(zip(settled, stretched)):
     with _in_phase(number, len(overrides), steps):
-      step = _step(merged, dataset, mesh, rate, (first, steps))
+      step = _step(merged, dataset, mesh, rate, (first, steps), trains)
       if step.recipe.teacher == "frozen" and not phases and not enter:
         raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
                         "put a phase before it, or name the phase's `enter` that sets a teacher")
@@ -235,12 +236,13 @@ def _stretches(phases: Sequence[Mapping], steps: Sequence[int]) -> list[tuple[in
 def _rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
   """The learning rate over the steps of an optimizer."""
   warmup = optim.get("warmup_steps", 0) + round(optim.get("warmup_share", 0.0) * steps)
-  return schedule(optim.get("schedule", "constant"), optim["learning_rate"] * optim.get("factor", 1.0), warmup,
-                  steps, **{k: optim[k] for k in SCHEDULE if k in optim})
+  highest = optim["learning_rate"] * optim.get("factor", 1.0)
+  return schedule(optim.get("schedule", "constant"), highest, warmup, steps,
+                  **{k: optim[k] for k in SCHEDULE if k in optim})
 
 
 def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, rate: optax.Schedule,
-          phase: tuple[int, int]) -> Step:
+          phase: tuple[int, int], trains: bool) -> Step:
   """The step of a phase, given its learning rate, and its own first step and number of steps."""
   supernet = _supernet(config, dataset)
   recipe, seed = config["recipe"], config.get("seed", 0)
@@ -254,7 +256,7 @@ def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, rat
     raise UserError("config.recipe.untouched=decay_only with config.optim.coupled=True, whose decay is a part of "
                     "the gradient; allowed: untouched of update or freeze, or coupled=False")
   return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed,
-              config["train"].get("execution", "auto"), config["train"].get("accumulate", 1))
+              config["train"].get("execution", "auto"), config["train"].get("accumulate", 1), trains)
 
 
 @functools.lru_cache(maxsize=32)

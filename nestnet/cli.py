@@ -171,7 +171,11 @@ class _ConfigParser(flags.ArgumentParser):
 
   def parse(self, path: str) -> ml_collections.ConfigDict:
     config = load_config(path)
-    for key, value in _overrides(sys.argv):
+    overrides = list(_overrides(sys.argv))
+    keys = [key for key, _ in overrides]
+    if "phases" in keys and (inside := [key for key in keys if key.startswith("phases[")]):
+      raise errors.UserError(f"config keys 'phases' and {inside[0]!r}: allowed is either")
+    for key, value in overrides:
       check_override(config, key, value)
     return config
 
@@ -248,13 +252,15 @@ def _add(group: ml_collections.ConfigDict, name: str, seen: Sequence[str], path:
   """
   whole = config
   for part in path:
-    whole = whole.get(part, {}) if isinstance(whole, Mapping | ml_collections.ConfigDict) else {}
-  listed = {key: whole.get_type(key) for key in whole.keys()} if whole else {}
-  known = options.keys(".".join(path), config) | (options.PHASE if seen and not path else {})
-  kind = (known | listed).get(name)
+    whole = whole.get(part) if isinstance(whole, ml_collections.ConfigDict) else None
+  if seen and not path:
+    known = options.PHASE | dict.fromkeys(options.GROUPS, dict)
+  else:
+    listed = whole if isinstance(whole, ml_collections.ConfigDict) else ml_collections.ConfigDict()
+    known = options.keys(".".join(path), config) | {key: listed.get_type(key) for key in listed.keys()}
+  kind = known.get(name)
   if kind is None:
-    raise errors.one_of(f"key of {'.'.join(['config', *seen])}", name,
-                        dict.fromkeys((*group.keys(), *known, *listed)))
+    raise errors.one_of(f"key of {'.'.join(['config', *seen])}", name, dict.fromkeys((*group.keys(), *known)))
   with group.unlocked():
     group[name] = (ml_collections.ConfigDict() if issubclass(kind, (dict, ml_collections.ConfigDict))
                    else ml_collections.config_dict.placeholder(kind))

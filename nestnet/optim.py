@@ -35,9 +35,9 @@ def schedule(name: str, learning_rate: float, warmup_steps: int, steps: int, *, 
     0.1...
   """
   if not 0 <= warmup_steps < max(steps, 1) or learning_rate <= 0:
-    raise UserError(f"optim: learning_rate={learning_rate}, warmup_steps={warmup_steps}: allowed are a rate "
-                    f"above 0 and fewer warm-up steps than the {steps} steps of training; warmup_share, a "
-                    "share of these, follows them")
+    raise UserError(f"optim: learning_rate={learning_rate}, warmup_steps={warmup_steps}, steps={steps}: "
+                    "allowed are a rate above 0 and fewer steps of warm-up than of training; warmup_share in "
+                    "place of warmup_steps is a share of these")
   if not 0 <= floor <= 1 or min(decay_rate, decay_share) <= 0 or any(not 0 < m < 1 for m in milestones):
     raise UserError(f"optim: floor={floor}, decay_rate={decay_rate}, decay_share={decay_share}, milestones="
                     f"{list(milestones)}; allowed: floor in [0, 1], rate and share above 0, milestones in "

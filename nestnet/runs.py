@@ -172,7 +172,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _differing(old: Any, new: Any, key: str = "") -> dict[str, list[Any]]:
-  """What differs between two configs, by key: `phases[1].share` of the second phase; None: it is not there."""
+  """What differs between two configs, by key, such as `phases[1].share`; None: it is not there."""
   if old == new:
     return {}
   if isinstance(old, Mapping | None) and isinstance(new, Mapping | None):

@@ -101,10 +101,11 @@ class Step:
       `"auto"`: slices where the recipe trains a fixed list or the members are few.
     accumulate: In how many parts a batch is run, one after another, before the update; each needs the
       memory of its own part alone.
+    trains: Whether updates are to come: what only they need is then looked at right away.
   """
 
   def __init__(self, supernet: Supernet, recipe: Recipe, optimizer: Optimizer, mesh: jax.sharding.Mesh,
-               seed: int = 0, execution: str = "auto", accumulate: int = 1):
+               seed: int = 0, execution: str = "auto", accumulate: int = 1, trains: bool = True):
     self.supernet, self.recipe, self.mesh, self.accumulate = supernet, recipe, mesh, accumulate
     self._key = jax.random.key(seed)
     objective_axes = []
@@ -127,13 +128,20 @@ class Step:
     # Said of every result: a program that found its arguments laid out anew would compile twice.
     self._places = self._placed(self._shapes)
     sums = self._sums_of(replicated(mesh), self._places.trained)
-    self._gradients = Gradients(supernet, recipe.objective, self.axes, mesh,
-                                as_data(execution, supernet, recipe.sampler), sums)
+    self._execution, self._sums_places = execution, sums
     self._update = jax.jit(self._updated, donate_argnums=(0, 1), out_shardings=(self._places, sums, None))
     self._whole = jax.jit(self._fixed_step, donate_argnums=0, out_shardings=(self._places, None))
     self._start = jax.jit(self._zeros, out_shardings=sums)
     self._split = jax.jit(self._parts, out_shardings=batch_sharding(mesh))
     self._sums = None
+    if trains:
+      # Whether members can be data takes as long to see as to trace one.
+      self._gradients
+
+  @functools.cached_property
+  def _gradients(self) -> Gradients:
+    data = as_data(self._execution, self.supernet, self.recipe.sampler)
+    return Gradients(self.supernet, self.recipe.objective, self.axes, self.mesh, data, self._sums_places)
 
   def init(self) -> TrainState:
     """A fresh state, laid over the mesh."""

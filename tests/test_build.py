@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from nestnet import build, cli, pieces, recipes, training
+from nestnet.errors import UserError
 from nestnet.models.layers import Linear
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -52,6 +53,15 @@ def test_phases_share_what_is_traced():
   # Traced no more for the state's shapes, which are those that it begins with.
   made, said = run.step.init(), run.step.abstract()
   assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(lambda x: (x.shape, x.dtype), said)
+
+
+def test_what_only_training_needs_is_not_built_to_look_at_a_run():
+  made = config(train=config()["train"] | {"execution": "one_program"})
+  with pytest.raises(UserError, match="^phase 1 of 3, .*Net has no stack of layers"):
+    build.build(made)
+  run = build.build(made, {"data": 1})
+  with pytest.raises(UserError, match="Net has no stack of layers"):
+    run.step(run.step.init(), {}, 0)
 
 
 def test_each_phase_is_announced_and_counted(tmp_path, capsys):

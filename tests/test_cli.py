@@ -185,13 +185,16 @@ def test_what_the_file_does_not_list_can_be_overridden(overridden, argument, pat
   ("eval.calibrate=100", ["config.eval 'calibrate'", "did you mean 'calibrate_images'"]),
   ("model.widht=2", ["config.model 'widht'", "did you mean 'width'", "name, classes"]),
   ("model.width=wide", ["model.width", "'wide'", "float"]), ("space.widht=(1,2)", ["did you mean 'width'"]),
-  ("phases[2].share=1", ["phases[2].share", "2 phases"]), ("phases[0]=3", ["phases[0]", "phases[0].share"]),
-  ("phases[0].shre=1", ["config.phases[0] 'shre'", "did you mean 'share'"]),
+  ("phases[2].share=1", ["phases[2].share", "2 phases"]),
+  ("phases[0]=3", ["phases[0]", "phases[0].share"]),
+  ("phases[0].shre=1", ["config.phases[0] 'shre'", "did you mean 'share'", "steps, enter, open"]),
   ("phases[0].optim.facto=1", ["config.phases[0].optim 'facto'", "did you mean 'factor'"]),
-  ("phases=3", ["phases", "'3'", "tuple"]), ("recipe.name=bignas", ["'bignas'", "'ofa'", "FILE.py:METHOD"])])
+  ("phases=3", ["phases", "'3'", "tuple"]),
+  ("phases=() phases[0].share=3", ["'phases' and 'phases[0].share'"]),
+  ("recipe.name=bignas", ["'bignas'", "'ofa'", "FILE.py:METHOD"])])
 def test_what_no_config_has_is_refused(overridden, argument, words):
   with pytest.raises(flags.Error) as caught:
-    overridden(f"--config.{argument}")
+    overridden(*(f"--config.{each}" for each in argument.split()))
   for word in words:
     assert word in str(caught.value)
 
