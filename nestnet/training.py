@@ -195,7 +195,8 @@ def _announce(phases: Sequence[Phase], number: int, progress: Progress | None) -
     progress.say("train: compiling")
     return
   phase, name = phases[number], f"phase {number + 1} of {len(phases)}"
-  opens = f", {', '.join(phase.opens)} open{'s' * (len(phase.opens) == 1)}" if phase.opens else ""
+  several = len(phase.opens) > 1 or phase.opens == ("layers",)
+  opens = f", {', '.join(phase.opens)} open{'' if several else 's'}" if phase.opens else ""
   progress.say(f"{name}: {phase.steps} step{'s' * (phase.steps > 1)}{opens}; compiling", f"train, {name},")
 
 
