@@ -82,6 +82,7 @@ def test_one_program_serves_all_where_slices_take_one_each(bed):
   assert all(row["seconds"] > 0 and row["members"] == 2 for row in found.values())
 
 
+@pytest.mark.slow
 def test_memory_counts_parameters_gradients_and_batch(bed):
   found = bench.memory(bed)
   weights = sum(leaf.nbytes for leaf in jax.tree.leaves(bed.state().trained))

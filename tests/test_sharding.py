@@ -87,8 +87,8 @@ def collectives(step, member):
 
 
 # The plainer ones run with the longer checks.
-@pytest.mark.parametrize(
-  "mesh", [m if m == "mixed" else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_a_sub_network_moves_what_it_would_alone(mesh):
   """On `fsdp` its layers are gathered whole: as many collectives, at most the supernet's bytes."""
   member = SPACE.subnet("layers=2,embed=8,heads=4,mlp=16")
