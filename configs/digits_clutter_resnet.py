@@ -2,8 +2,9 @@
 
     python -m experiments.train --config=configs/digits_clutter_resnet.py --workdir=runs/digits_clutter_resnet
 
-Depth in each of three stages, expansion in each block, and one width for the whole network:
-2 (2 + 4 + 8)^3 = 5,488 members, which train as data to one program of two branches, one for each width.
+Depth in each of three stages, expansion in each block, and the widths of the stem and of each stage:
+2^4 (2 + 4 + 8)^3 = 43,904 members, which train as data to one program. In it each block chooses from the
+widths that it reads and writes, so that their combinations are no networks of their own.
 Another method trains with its name as the argument: `configs/digits_clutter_resnet.py:ofa`.
 """
 
@@ -13,7 +14,8 @@ from nestnet import recipes
 
 STAGES = (1, 2, 3)
 CHOICES = dict(layers=(1, 2, 3), expand=(50, 100))
-WIDTHS = tuple(f"width_{s}" for s in ("stem", 0, *STAGES))
+# What is inside the stem is as narrow as it may be.
+WIDTHS = tuple(f"width_{s}" for s in (0, *STAGES))
 
 
 def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
@@ -21,10 +23,9 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   config.seed = 0
   config.model = dict(name="SmallResNet")
   config.space = {f"{axis}_{s}": sizes for axis, sizes in CHOICES.items() for s in STAGES}
+  config.space.update({axis: (50, 100) for axis in WIDTHS})
   # Free in every block.
   config.space.per_layer = tuple(f"expand_{s}" for s in STAGES)
-  # One for all stages: what stands outside of the layers is a branch for each combination.
-  config.space.couple = {" ".join(WIDTHS): tuple((width,) * len(WIDTHS) for width in (50, 100))}
   # What the table shows of the space.
   config.space.pool = tuple(
     ",".join([*(f"layers_{s}={d},expand_{s}={e}" for s in STAGES), *(f"{axis}={w}" for axis in WIDTHS)])
