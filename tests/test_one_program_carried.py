@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nestnet import Space, cost, evaluation, predict
+from nestnet import Space, build, cost, evaluation, predict, runs
 from nestnet.axes import axes, statistics_axes
 from nestnet.evaluators.classification import _scores
 from nestnet.execution import Supernet
@@ -242,10 +242,10 @@ def test_many_members_have_the_rows_of_each_alone():
 @pytest.mark.slow
 def test_ten_thousand_members_compile_one_program(caplog):
   net = NETS["tiny"]
-  model = net.model.clone(layers_1=9)
-  space = Space(layers_0=(1, 2), layers_1=(8, 9), width_0=HALVES, width_1=HALVES, expand_1=HALVES,
+  model = net.model.clone(layers_1=13)
+  space = Space(layers_0=(1, 2), layers_1=(12, 13), width_0=HALVES, width_1=HALVES, expand_1=HALVES,
                 per_layer=("expand_1",))
-  assert space.size > 6000
+  assert space.size > 90_000
   step = make(Supernet(model, space, INPUT), sampler("sorted_nested", space, 0, n=1000))
   assert step.one.carried
   state, batch = step.init(), put_batch({"image": IMAGES, "label": LABELS}, step.mesh)
@@ -255,7 +255,24 @@ def test_ten_thousand_members_compile_one_program(caplog):
   compiled = [r.getMessage().split(" with ")[0] for r in caplog.records]
   assert compiled.count("Compiling jit(_add)") == compiled.count("Compiling jit(_updated)") == 1
   assert np.isfinite(metrics["loss"])
-  assert len({c for at in range(10) for t in step.recipe.sampler.terms(at) for c in t.candidates}) > 4000
+  assert len({c for at in range(10) for t in step.recipe.sampler.terms(at) for c in t.candidates}) > 9000
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_ends_as_the_uninterrupted_one(tmp_path):
+  """Bit for bit."""
+  def run(steps, folder):
+    model = {"name": "SmallResNet", "layers_1": 2, "widths": (16,), "strides": (1,)}
+    run = built(model, NETS["tiny"].space.to_json())
+    train = {**run.config["train"], "steps": steps, "execution": "one_program"}
+    run = build.build({**run.config, "train": train})
+    assert run.step.one.carried
+    return jax.tree.map(np.asarray, runs.trained(run, tmp_path / folder, show_progress=False).trained)
+
+  start = run(2, "stopped")
+  whole, again = run(4, "whole"), run(4, "stopped")
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
+  assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (start, whole))))
 
 
 @pytest.mark.slow
