@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nestnet.errors import UserError, one_of
 from nestnet.space import volume
-from nestnet.subnet import INPUTS, Subnet, is_depth
+from nestnet.subnet import INPUTS, Subnet, is_depth, kind_of
 
 SORT = "nestnet.importance:Sort"
 _OPTIONS = ("couple", "per_layer", "groups", "constraint", "pool")
@@ -85,7 +84,7 @@ def opened(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any
 
 def _choices(space: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, Any]:
   """The choices that are open, axis by axis, and the coupled ones."""
-  limit = lambda axis: limits.get(axis, limits.get(_kind(axis)))
+  limit = lambda axis: limits.get(axis, limits.get(kind_of(axis)))
   choices = {axis: _largest(axis, values, limit(axis))
              for axis, values in space.items() if axis not in _OPTIONS and values is not None}
   couple = {}
@@ -103,7 +102,7 @@ def kinds(space: Mapping[str, Any]) -> list[str]:
     >>> kinds({"layers_1": (1, 2), "layers_2": (1, 2), "couple": {"embed heads": ((8, 2),)}})
     ['layers', 'embed', 'heads']
   """
-  return list(dict.fromkeys(map(_kind, _axes(space))))
+  return list(dict.fromkeys(map(kind_of, _axes(space))))
 
 
 def widened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -118,7 +117,7 @@ def widened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     ['layers']
   """
   here, there = _columns(before), _columns(after)
-  return list(dict.fromkeys(_kind(axis) for axis in there if there[axis] - here.get(axis, set())))
+  return list(dict.fromkeys(kind_of(axis) for axis in there if there[axis] - here.get(axis, set())))
 
 
 def _columns(space: Mapping[str, Any]) -> dict[str, set]:
@@ -196,7 +195,7 @@ def _coupled(space: Mapping[str, Any]) -> dict[str, set[str]]:
   """For each kind, those that open together with it."""
   together = {kind: {kind} for kind in kinds(space)}
   for names in space.get("couple") or {}:
-    joined = set().union(*(together[_kind(axis)] for axis in names.split()))
+    joined = set().union(*(together[kind_of(axis)] for axis in names.split()))
     together |= dict.fromkeys(joined, joined)
   return together
 
@@ -215,10 +214,6 @@ def _stage(few: bool, rate: float) -> dict[str, Any]:
   """A stage of Once-for-All: its learning rate relative to that of the whole network, which is 2.6."""
   # The short first of two stages: 25 epochs; otherwise 120 and 5 of warm-up.
   return {"factor": (0.08 if few else rate) / 2.6, "warmup_steps": 0, "warmup_share": 0.0 if few else 5 / 125}
-
-
-def _kind(axis: str) -> str:
-  return re.sub(r"_\d+$", "", axis)
 
 
 def _largest(axis: str, values: Any, count: int | None) -> tuple:

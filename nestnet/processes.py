@@ -53,7 +53,9 @@ def joined(place: Place | None) -> Iterator[None]:
                  f"is gone ({text[:200]}). {GOES_ON}") from error
     # What all say, all have time to say: a process that leaves unparted takes the others with it.
     if _meet("parting", PARTING_SECONDS):
-      jax.distributed.shutdown()
+      # Should one be lost at this very moment, what is said is still what was wrong before.
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.distributed.shutdown()
     raise
   jax.distributed.shutdown()
 

@@ -183,7 +183,7 @@ def test_ten_thousand_members_compile_one_program(caplog):
   model = CENTRE.clone(layers_1=4, layers_2=4, kernel_1=3)
   space = mobilenet.space(model, (3, 4), (1, 2), (1, 3))
   assert space.size > 10 ** 5
-  step = make(Supernet(model, space, INPUT), sampler("sorted_nested", space, 0, n=1000))
+  step = make(Supernet(model, space, INPUT), sampler("sorted_nested", space, 0, n=1000, by="members"))
   state, batch = step.init(), put_batch({"image": IMAGES, "label": LABELS}, step.mesh)
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     for at in range(10):

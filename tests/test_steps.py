@@ -353,7 +353,7 @@ def test_programs_do_not_grow_with_combinations(caplog):
       # Waiting keeps programs from piling up: collectives of faked devices may then deadlock.
       state, _ = jax.block_until_ready(step(state, batch, at))
   compiled = [r.getMessage().split(" with ")[0] for r in caplog.records]
-  assert len(combinations) > 15
+  assert len(combinations) > 20
   # The largest as a teacher, and five as students.
   assert compiled.count("Compiling jit(_add)") == 6
   assert compiled.count("Compiling jit(_updated)") == 1

@@ -38,8 +38,9 @@ if [[ -z ${PYTHON-} ]]; then
 fi
 command=("$PYTHON" -m experiments.train "$@")
 if $dry_run; then
-  printf '%q ' "${command[@]}"
-  echo
+  # In one piece: other workers print beside this one.
+  printf -v line '%q ' "${command[@]}"
+  echo "$line"
   exit 0
 fi
 
