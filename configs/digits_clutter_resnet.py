@@ -2,8 +2,9 @@
 
     python -m experiments.train --config=configs/digits_clutter_resnet.py --workdir=runs/digits_clutter_resnet
 
-Depth in each of three stages, expansion in each block, and one width for the whole network:
-2 (2 + 4 + 8)^3 = 5,488 members, which train as data to one program of two branches, one for each width.
+Depth in each of three stages, expansion in each block, and the widths of the stem and of each stage:
+2^4 (2 + 4 + 8)^3 = 43,904 members, which train as data to one program. In it each block chooses from the
+widths that it reads and writes, so that their combinations are no networks of their own.
 Another method trains with its name as the argument: `configs/digits_clutter_resnet.py:ofa`.
 `--config.space.resolution='(8, 12)'` adds the side of the images, in pixels, to the choices.
 """
@@ -14,7 +15,8 @@ from nestnet import recipes
 
 STAGES = (1, 2, 3)
 CHOICES = dict(layers=(1, 2, 3), expand=(50, 100))
-WIDTHS = tuple(f"width_{s}" for s in ("stem", 0, *STAGES))
+# What is inside the stem is as narrow as it may be.
+WIDTHS = tuple(f"width_{s}" for s in (0, *STAGES))
 # Warm-up of 50 steps in 2,000: as a share of the first phase, where it has an optimizer of its own.
 WARMUP = {"ofa": 0.063, "compofa": 0.046}
 
@@ -25,18 +27,18 @@ def get_config(method: str = "sandwich") -> ml_collections.ConfigDict:
   # Dropout, zeros and smoothed labels for every method, lest they decide a comparison.
   config.model = dict(name="SmallResNet", dropout=0.1, zero_gamma=True)
   config.space = {f"{axis}_{s}": sizes for axis, sizes in CHOICES.items() for s in STAGES}
+  config.space.update({axis: (50, 100) for axis in WIDTHS})
   # Free in every block.
   config.space.per_layer = tuple(f"expand_{s}" for s in STAGES)
-  # One for all stages: what stands outside of the layers is a branch for each combination.
-  config.space.couple = {" ".join(WIDTHS): tuple((width,) * len(WIDTHS) for width in (50, 100))}
   # What the table shows of the space.
   config.space.pool = tuple(
     ",".join([*(f"layers_{s}={d},expand_{s}={e}" for s in STAGES), *(f"{axis}={w}" for axis in WIDTHS)])
     for d, e, w in ((1, 50, 50), (3, 100, 50), (2, 50, 100), (3, 100, 100)))
   if method == "compofa":
     # Depth and expansion of a stage go together.
-    config.space = {"couple": dict(config.space.couple) | {
-      f"layers_{s} expand_{s}": ((1, 50), (3, 100)) for s in STAGES}, "pool": config.space.pool[:2]}
+    config.space = {axis: (50, 100) for axis in WIDTHS} | {
+      "couple": {f"layers_{s} expand_{s}": ((1, 50), (3, 100)) for s in STAGES},
+      "pool": config.space.pool[:2]}
   config.recipe = recipes.recipe(method)
   config.recipe["objective"]["label_smoothing"] = 0.1
   if "whole" in config.recipe["sampler"]:

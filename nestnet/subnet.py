@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -18,41 +19,66 @@ INPUTS = ("resolution",)
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-  """Several sizes along an axis, of which data says which one each layer has.
+  """Several sizes of a field, of which data says which one each layer has.
 
   Attributes:
-    axis: The axis that is chosen along.
-    sizes: Its sizes, in rising order.
-    values: What a field is for each of them, where it follows from the choice; else the sizes.
+    axes: Each axis that is chosen along, and its sizes, in rising order.
+    values: What the field is for each combination of these.
+    sites: Where what is cut by such choices stands, by path (`nestnet.models.switch.Site`).
 
   Example:
-    >>> OneOf("expand", (3, 6)).map(lambda expand: 16 * expand).value(6)
-    96
+    >>> width, expand = OneOf.along("width", (8, 16)), OneOf.along("expand", (3, 6))
+    >>> derived(width, lambda width, expand: width * expand, expand).value({"width": 16, "expand": 3})
+    48
   """
 
-  axis: str
-  sizes: tuple[int, ...]
-  values: tuple[int, ...] | None = None
+  axes: tuple[tuple[str, tuple[int, ...]], ...]
+  values: tuple[int, ...]
+  sites: Mapping[tuple[str, ...], Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
-  def value(self, size: int) -> int:
-    """The field where `size` is chosen."""
-    return (self.values or self.sizes)[self.sizes.index(size)]
+  @classmethod
+  def along(cls, axis: str, sizes: tuple[int, ...], sites: Mapping[tuple[str, ...], Any] | None = None
+            ) -> OneOf:
+    """A field that is what was chosen along one axis."""
+    return cls(((axis, sizes),), sizes, sites or {})
 
-  def map(self, function: Callable[[int], int]) -> OneOf:
-    """A field that follows from this one."""
-    return dataclasses.replace(self, values=tuple(map(function, self.values or self.sizes)))
+  def value(self, choice: Mapping[str, int]) -> int:
+    """The field where these sizes are chosen, of other axes too."""
+    index = 0
+    for axis, sizes in self.axes:
+      index = index * len(sizes) + sizes.index(choice[axis])
+    return self.values[index]
 
 
-def derived(size: Any, function: Callable[[int], int]) -> Any:
+def is_data(size: Any) -> bool:
+  """Whether data says which of several a size is."""
+  return isinstance(size, OneOf) and len(set(size.values)) > 1
+
+
+def derived(size: Any, function: Callable[..., int], *others: Any) -> Any:
   """What follows from a size; from each size of a list, or from each that data chooses from.
 
+  Args:
+    size: A size, one for each layer, or `OneOf` several.
+    function: Of a size, then of the others.
+    *others: Further sizes, or `OneOf` several.
+
   Example:
-    >>> derived(3, lambda n: n + 1), derived((1, 2), lambda n: n + 1)
-    (4, (2, 3))
+    >>> derived(3, lambda n: n + 1), derived((1, 2), lambda n, m: n + m, 4)
+    (4, (5, 6))
   """
-  if isinstance(size, OneOf):
-    return size.map(function)
-  return tuple(map(function, size)) if isinstance(size, tuple) else function(size)
+  if isinstance(size, tuple):
+    return tuple(derived(own, function, *others) for own in size)
+  sizes = (size, *others)
+  several = [own for own in sizes if isinstance(own, OneOf)]
+  if not several:
+    return function(*sizes)
+  axes = dict(pair for own in several for pair in own.axes)
+  values = []
+  for row in itertools.product(*axes.values()):
+    choice = dict(zip(axes, row))
+    values.append(function(*(own.value(choice) if isinstance(own, OneOf) else own for own in sizes)))
+  return OneOf(tuple(axes.items()), tuple(values), several[0].sites)
 
 
 _AXIS = re.compile(r"[A-Za-z_]\w*")

@@ -233,18 +233,20 @@ def resnet():
   return Supernet(model, resnet50d.space(model, (1, 0)), (jax.ShapeDtypeStruct((2, 16, 16, 1), jnp.float32),))
 
 
-def test_too_many_widths_run_as_slices():
-  net = resnet()
+def test_too_many_combinations_run_as_slices():
+  """The head of a MobileNet is in no stack."""
+  space = Space(layers_2=(2, 3), features=tuple(range(8, 272, 8)))
+  net = Supernet(CENTRE.clone(head=(264,), features=264), space, INPUT)
   assert make(net, sampler("sorted_nested", net.space, 0)).one is None
-  with pytest.raises(ValueError, match="each combination of .*width_1.*1458, of at most 32.*execution=slice"):
+  with pytest.raises(ValueError, match="combination of features, here 33, of at most 32.*execution=slice"):
     make(net, sampler("sorted_nested", net.space, 0), "one_program")
 
 
 def test_what_stands_outside_of_the_layers_is_chosen_once():
   """Widths of stages are read by other stages; expansions only by their own."""
   one = OneProgram(resnet())
-  assert set(one.inner) == {f"expand_{s}" for s in (1, 2, 3, 4)}
-  assert {"layers_0", "width_1", "width_4"} <= set(one.outer)
+  assert set(one.inner) == {f"expand_{s}" for s in (1, 2, 3, 4)} and one.outer == ()
+  assert set(one.carried) == {"layers_0", "width_stem", *(f"width_{s}" for s in range(5))}
   assert OneProgram(NETS["centre"]).outer == ()
   space = Space(layers_2=(2, 3), expand_2=(1, 2))
   assert OneProgram(Supernet(MODEL, space, INPUT)).inner == ("expand_2",)

@@ -1,4 +1,5 @@
-"""Convolutions as XLA runs them well: depthwise ones as sums of shifted products on CPU."""
+"""Convolutions as XLA runs them well on CPU: depthwise ones as sums of shifted products, derivatives of
+others on small images as matrix products."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Up to so many positions of an image a derivative is found from products of all pairs of them.
+# Up to so many positions of an image a derivative is found from products: of a depthwise convolution of all
+# pairs of them, of another one of the patches that its kernel covers.
 FEW = 64
 
 
@@ -32,7 +34,8 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   """
   if kernel.ndim == 3:
     return _depthwise(x, kernel.astype(x.dtype), stride)
-  return _convolve(x, kernel.astype(x.dtype), stride)
+  few = x.shape[1] * x.shape[2] <= FEW and kernel.shape[2] == x.shape[-1]
+  return (_convolve_few if few else _convolve)(x, kernel.astype(x.dtype), stride)
 
 
 def _convolve(x, kernel, stride):
@@ -41,6 +44,37 @@ def _convolve(x, kernel, stride):
   return jax.lax.conv_general_dilated(
     x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=groups)
+
+
+def _convolve_backward(stride, saved, cotangents):
+  # Inside a switch or a scan XLA runs its own ten times slower on CPU than outside.
+  other, by_patches = (functools.partial(f, stride=stride) for f in (_transposed, _by_patches))
+  return jax.lax.platform_dependent(*saved, cotangents, cpu=by_patches, default=other)
+
+
+def _transposed(x, kernel, g, stride):
+  """The derivatives of `_convolve`, each a convolution."""
+  return (*jax.linear_transpose(lambda x: _convolve(x, kernel, stride), x)(g),
+          *jax.linear_transpose(lambda kernel: _convolve(x, kernel, stride), kernel)(g))
+
+
+def _by_patches(x, kernel, g, stride):
+  """The same from the patches that the kernel covers, `[positions, rows * columns * channels]`."""
+  def patches(x):
+    (rows, columns), (tall, wide) = kernel.shape[:2], g.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0)))
+    seen = [x[:, i:i + (tall - 1) * stride + 1:stride, j:j + (wide - 1) * stride + 1:stride]
+            for i in range(rows) for j in range(columns)]
+    return jnp.concatenate(seen, -1).reshape(-1, rows * columns * x.shape[-1])
+
+  columns = g.reshape(-1, g.shape[-1])
+  (of_x,) = jax.linear_transpose(patches, x)(columns @ kernel.reshape(-1, g.shape[-1]).T)
+  return of_x, (patches(x).T @ columns).reshape(kernel.shape)
+
+
+_convolve_few = jax.custom_vjp(_convolve, nondiff_argnums=(2,))
+_convolve_few.defvjp(lambda x, kernel, stride: (_convolve(x, kernel, stride), (x, kernel)),
+                     _convolve_backward)
 
 
 def _grouped(x, kernel, stride):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from nestnet.errors import UserError, one_of
 from nestnet.models.convolution import ConvNorm, Normed, average, check_norm, divisible
 from nestnet.models.layers import Linear
-from nestnet.models.stack import stack
+from nestnet.models.stack import single, stack
 from nestnet.space import Space
-from nestnet.subnet import Size, Subnet, derived, kept_ids
+from nestnet.subnet import Size, Subnet, derived, is_data, kept_ids
 
 STAGES = 4
 # Fields of the variant for images of 32 x 32: neither a stride nor pooling before the stages, so 8 in all.
@@ -86,6 +86,8 @@ class ResNet50D(nn.Module):
   param_dtype: Any = jnp.float32
   # Axes whose units are the same.
   tied = (("stem", "stem_sum"),)
+  # What stands outside of the stacks of blocks.
+  singles = ("stem", "stem_out", "classifier")
 
   def __post_init__(self):
     name = type(self).__name__
@@ -115,19 +117,24 @@ class ResNet50D(nn.Module):
     """The axes of widths, from inside the stem on."""
     return [f"width_{s}" for s in ("stem", 0, *self.stages)]
 
+  @property
+  def carried(self) -> list[str]:
+    """The axes that `stack` and `single` may be told of as data."""
+    return ["layers_0", *self.multipliers()]
+
   def channels(self, stage: int) -> int:
     """The width of a stage; 0 is what the stem writes."""
     full = self.stem if stage == 0 else self.widths[stage - 1]
-    return divisible(full * getattr(self, f"width_{stage}") / 100)
+    return derived(getattr(self, f"width_{stage}"), lambda width: divisible(full * width / 100))
 
   def inside_stem(self) -> int:
     """The width inside the stem."""
-    return divisible(divisible(self.stem * self.width_stem / 100) // 2)
+    return derived(self.width_stem, lambda width: divisible(divisible(self.stem * width / 100) // 2))
 
   def hidden(self, stage: int) -> Size:
     """The hidden channels of the blocks of a stage."""
     width, expand = self.channels(stage), getattr(self, f"expand_{stage}")
-    return derived(expand, lambda e: divisible(round(width * e / 100)))
+    return derived(expand, lambda expand, width: divisible(round(width * expand / 100)), width)
 
   def sizes(self, subnet: Subnet) -> Subnet:
     """How long the axes of the parameters are in a sub-network, in every stage.
@@ -166,28 +173,36 @@ class ResNet50D(nn.Module):
 
     Returns:
       `logits` `[batch, classes]`, `features` `[batch, channels]`, and with `taps` the blocks' outputs, for
-      each stage `[layers, batch, rows, columns, channels]`.
+      each stage `[layers, batch, rows, columns, channels]`. In one program whose data says how many channels
+      there are, taps have zeros behind them and no features are given.
     """
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     norm = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **dtypes)
-    x = Stem(layers=self.layers_0, inside=self.inside_stem(), stride=self.stem_stride, name="stem", **norm)(
-      images, train)
-    x = ConvNorm("stem", "embed_0", self.channels(0), 3, 1, "relu", name="stem_out", **norm)(x, train)
+    inside, channels = self.inside_stem(), {s: self.channels(s) for s in (0, *self.stages)}
+    x = single(functools.partial(Stem, stride=self.stem_stride, **norm), images, name="stem",
+               sizes={"layers": self.layers_0, "inside": inside}, writes=inside, train=train)
+    behind = functools.partial(ConvNorm, "stem", "embed_0", kernel=3, act="relu", **norm)
+    x = single(behind, x, name="stem_out", sizes={"features": channels[0]}, reads=inside, writes=channels[0],
+               train=train)
     x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
     outputs = []
     for s, stride in zip(self.stages, self.strides):
-      block = functools.partial(Bottleneck, s, width=self.channels(s), zero_gamma=self.zero_gamma, **norm)
+      block = functools.partial(Bottleneck, s, zero_gamma=self.zero_gamma, **norm)
       x, tap = stack(
         functools.partial(block, reads=f"embed_{s}"), x, layers=getattr(self, f"layers_{s}"),
         lead=functools.partial(block, reads=f"embed_{s - 1}", stride=stride, shortcut=True),
-        sizes={"hidden": self.hidden(s)}, name=f"stage_{s}", depth=f"layers_{s}", remat=self.remat,
-        taps=taps, unroll=self.unroll, train=train)
+        sizes={"width": channels[s], "hidden": self.hidden(s)}, name=f"stage_{s}", depth=f"layers_{s}",
+        remat=self.remat, taps=taps, unroll=self.unroll, reads=channels[s - 1], writes=channels[s],
+        train=train)
       outputs.append(tap)
-    result = {"features": x.mean((1, 2))}
+    features, width = x.mean((1, 2)), channels[self.stages[-1]]
+    # Where data says how many there are, zeros behind them would pass for features.
+    result = {} if is_data(width) else {"features": features}
     if self.classes:
-      features = nn.Dropout(self.dropout, deterministic=not train)(result["features"])
-      result["logits"] = Linear(f"embed_{self.stages[-1]} -> classes", (self.classes,),
-                                name="classifier", **dtypes)(features)
+      features = nn.Dropout(self.dropout, deterministic=not train)(features)
+      names = f"embed_{self.stages[-1]} -> classes"
+      result["logits"] = single(functools.partial(Linear, names, (self.classes,), **dtypes), features,
+                                name="classifier", sizes={}, reads=width)
     return result | ({"taps": tuple(outputs)} if taps else {})
 
 
@@ -255,7 +270,7 @@ def space(model: ResNet50D, shallower=(2, 1, 0), expand=(20, 25, 35), width=(65,
     expand: Expansions, in hundredths.
     width: Widths, in hundredths.
     tie: `"block"`: widths are free in every stage (Once-for-All); `"width"`: one of them goes for the whole
-      network, so that few enough combinations are left for one program.
+      network.
 
   Raises:
     ValueError: An unknown way to tie.

@@ -41,7 +41,8 @@ def applied(apply: Callable[..., Any]) -> Iterator[None]:
 def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Mapping[str, Any],
           name: str = "blocks", depth: str = "layers",
           constants: Mapping[str, Sequence[float]] | None = None, remat: bool = False,
-          taps: bool = False, unroll: int = 1, lead: Block | None = None, **kwargs: Any) -> tuple[Any, Any]:
+          taps: bool = False, unroll: int = 1, lead: Block | None = None, reads: Any = None,
+          writes: Any = None, **kwargs: Any) -> tuple[Any, Any]:
   """Applies `layers` blocks to `x`; call it in the compact method of an architecture.
 
   A `layers` of the type `Layers` is cut layer by layer, from the parameters of the largest. With sizes
@@ -67,6 +68,9 @@ def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Map
     lead: Makes the first layer where it differs from the others (a stride, another width of its input),
       called as a block is. It is one of the `layers` and has the first of the sizes; its parameters are
       under `layers_0`, and those of the others, a stack of their own, under `rest`.
+    reads: The last dimension of `x`, for models whose `carried` axes it follows from: where data says
+      which of several it is, `x` has zeros behind it.
+    writes: The same of the output; without `lead` it is what is read.
     **kwargs: Passed to every call of the block; arrays among them may have a derivative.
 
   Returns:
@@ -77,9 +81,10 @@ def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Map
   """
   if lead is not None:
     _check_lengths(sizes, layers, depth)
-    led = _Led(lead, block, layers, sizes, depth, dict(constants or {}), remat, taps, unroll, name=name)
+    led = _Led(lead, block, layers, sizes, depth, dict(constants or {}), remat, taps, unroll, reads, writes,
+               name=name)
     return led(x, kwargs)
-  parts = _parts(block, sizes)
+  parts = _parts(block, sizes, reads)
   constants = {k: jnp.asarray(v, jnp.float32) for k, v in (constants or {}).items()}
   unroll = min(unroll, layers)
   if isinstance(layers, Layers):
@@ -88,6 +93,28 @@ def stack(block: Block | Mapping[str, Block], x: Any, *, layers: int, sizes: Map
   _check_lengths(lists, layers, depth)
   run = _unrolled if lists else _scanned
   return run(parts, x, layers, name, depth, constants, remat, taps, unroll, kwargs)
+
+
+def single(block: Block, x: Any, *, sizes: Mapping[str, Any], name: str, reads: Any = None,
+           writes: Any = None, **kwargs: Any) -> Any:
+  """Applies one module that stands outside of stacks; call it in the compact method of an architecture.
+
+  It is for what depends on the `carried` axes of a model, which lists its name among its `singles`. With
+  sizes that are `OneOf` several, data says in one program which it has.
+
+  Args:
+    block: Makes the module: `block(name=..., **sizes)`. It is called as `block(x, **kwargs)`.
+    x: The input, an array or a tree.
+    sizes: Fields of the module.
+    name: Its key in the parameter tree.
+    reads: As in `stack`.
+    writes: As in `stack`.
+    **kwargs: Passed to the call; arrays among them may have a derivative.
+  """
+  part = Part(None, block, sizes, reads, writes)
+  if part.several:
+    return Switched((part,), Layers(1, part.several[0].sites), None, name=name)(x, None, False, 1, kwargs)[0]
+  return block(name=name, **sizes)(x, **kwargs)
 
 
 def _check_lengths(sizes, layers, depth):
@@ -103,10 +130,10 @@ def constant(module: nn.Module, name: str, initial: Mapping[str, Any]) -> jax.Ar
   return module.variable("constants", name, axes(lambda: initial[name], "")).value
 
 
-def _parts(block, sizes) -> tuple[Part, ...]:
+def _parts(block, sizes, carried) -> tuple[Part, ...]:
   if not isinstance(block, Mapping):
-    return (Part(None, block, sizes),)
-  return tuple(Part(name, make, sizes.get(name, {})) for name, make in block.items())
+    return (Part(None, block, sizes, carried, carried),)
+  return tuple(Part(name, make, sizes.get(name, {}), carried, carried) for name, make in block.items())
 
 
 class _Layer(nn.Module):
@@ -179,6 +206,8 @@ class _Led(nn.Module):
   remat: bool
   taps: bool
   unroll: int
+  reads: Any
+  writes: Any
 
   @nn.compact
   def __call__(self, x, kwargs):
@@ -187,7 +216,8 @@ class _Led(nn.Module):
     sizes = {field: size[0] if isinstance(size, tuple) else size for field, size in self.sizes.items()}
     count = self.layers.of if isinstance(self.layers, Layers) else int
     if isinstance(self.layers, Layers):
-      first = Switched((Part(None, self.lead, sizes),), count(1), self.depth, name=name)
+      part = Part(None, self.lead, sizes, self.reads, self.writes)
+      first = Switched((part,), count(1), self.depth, name=name)
       x, _ = first(x, {k: v[:1] for k, v in constants.items()}, False, 1, kwargs)
     else:
       x = _call(self.lead(name=name, **sizes), x, {k: v[0] for k, v in constants.items()}, self.remat, kwargs)
@@ -197,7 +227,7 @@ class _Led(nn.Module):
       x, more = stack(
         self.block, x, layers=count(self.layers - 1), sizes=behind, name=REST, depth=self.depth,
         constants={k: v[1:] for k, v in constants.items()}, remat=self.remat, taps=self.taps,
-        unroll=self.unroll, **kwargs)
+        unroll=self.unroll, reads=self.writes, **kwargs)
       if self.taps:
         outputs = jax.tree.map(lambda y, ys: jnp.concatenate([y, ys]), outputs, more)
     return x, outputs if self.taps else None

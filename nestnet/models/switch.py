@@ -83,16 +83,26 @@ class Part:
     name: Its key in the layer's parameter tree; None where the layer is this part alone.
     make: `make(name=..., **sizes)` makes it.
     sizes: Its fields that have sizes: a size, or several of which a layer has one.
+    reads: The last dimension of what it reads, where that is `OneOf` several. What it is given has the
+      largest of them, with zeros behind its own.
+    writes: The same of what it gives.
   """
 
   name: str | None
   make: Callable[..., nn.Module]
   sizes: Mapping[str, Any]
+  reads: Any = None
+  writes: Any = None
+
+  @property
+  def several(self) -> list[OneOf]:
+    """What data chooses of it."""
+    return [s for s in (self.reads, self.writes, *self.sizes.values()) if isinstance(s, OneOf)]
 
   @property
   def axes(self) -> dict[str, tuple[int, ...]]:
     """The axes that it has several sizes along, and these."""
-    return {size.axis: size.sizes for size in self.sizes.values() if isinstance(size, OneOf)}
+    return dict(pair for size in self.several for pair in size.axes)
 
   def choices(self) -> list[dict[str, int]]:
     """Every combination of a size along each axis, in the order in which `index` counts them."""
@@ -107,9 +117,23 @@ class Part:
 
   def module(self, choice: Mapping[str, int]) -> nn.Module:
     """The module of a combination of sizes, on its own."""
-    sizes = {field: size.value(choice[size.axis]) if isinstance(size, OneOf) else size
+    sizes = {field: size.value(choice) if isinstance(size, OneOf) else size
              for field, size in self.sizes.items()}
     return self.make(name=None, **sizes).clone(parent=None, name=None)
+
+  def read(self, x: Any, choice: Mapping[str, int]) -> Any:
+    """Of what it is given, what it reads in a combination of sizes."""
+    if not isinstance(self.reads, OneOf):
+      return x
+    return jax.tree.map(lambda leaf: leaf[..., :self.reads.value(choice)], x)
+
+  def written(self, x: Any) -> Any:
+    """What it gives, alike in all combinations of sizes."""
+    if not isinstance(self.writes, OneOf):
+      return x
+    full = max(self.writes.values)
+    return jax.tree.map(
+      lambda leaf: jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, full - leaf.shape[-1])]), x)
 
   def of(self, collections: Mapping[str, Any]) -> dict[str, Any]:
     """This part's own in collections of the layer."""
@@ -123,16 +147,21 @@ class Part:
 
 
 class Switched(nn.Module):
-  """A stack of layers that reads from the `choice` collection what each layer is.
+  """A stack of layers that reads from the `choice` collection what each layer is; or a single module.
 
   The collection holds, under the name of the stack, int32 arrays `[layers]`: under the depth axis 1
   for a layer that is there and 0 for one that is not (without it, all are), and under each axis with
   several sizes the position of the layer's size among them.
+
+  Attributes:
+    parts: What a layer applies in turn.
+    layers: How many there are.
+    depth: The axis over them; None for what is no layer, and is called without constants.
   """
 
   parts: tuple[Part, ...]
   layers: Layers
-  depth: str
+  depth: str | None
 
   @nn.compact
   def __call__(self, x, constants, taps, unroll, kwargs):
@@ -203,7 +232,9 @@ def _functions(part, site, x, example, kwargs, join, mutable):
     """The part in one of its choices, with updates of those sizes."""
     (variables, constants, keys), whole = fixed
     cut = site.cut(part, {**params, **variables}, choices[i])
-    return modules[i].apply(cut, x, constants, rngs=keys, mutable=mutable, **join(shared, whole))
+    inputs = (part.read(x, choices[i]), *(() if constants is None else (constants,)))
+    y, updates = modules[i].apply(cut, *inputs, rngs=keys, mutable=mutable, **join(shared, whole))
+    return part.written(y), updates
 
   def present(i, params, x, shared, fixed):
     y, updates = small(i, params, x, shared, fixed)
@@ -224,6 +255,8 @@ def _functions(part, site, x, example, kwargs, join, mutable):
 
 def _laid(small, old, part, site, collection, choice, shapes):
   """Updated variables in the shapes of the full size; what the sub-network lacks stays as it was."""
+  if old is None and jax.tree.structure(small) != jax.tree.structure(shapes):
+    return scatter(small, site.names(part, collection, shapes), site.keep(choice), shapes, site.groups)
   if old is None:
     return jax.tree.map(lambda leaf, s: jnp.pad(
       leaf, [(0, full - size) for full, size in zip(s.shape, leaf.shape)]), small, shapes)

@@ -44,6 +44,9 @@ def classification(label_smoothing: float = 0.0, student_labels: float = 0.0,
   def relation(outputs, teacher):
     if space == "logits":
       return soft_cross_entropy(outputs["logits"].astype(jnp.float32), teacher["logits"], temperature)
+    if "features" not in outputs:
+      raise UserError("distillation in features: this network gives none where their number is data to one "
+                      "program; allowed: recipe.objective.space=logits, or train.execution=slice")
     return feature_distance(outputs["features"], teacher["features"])
 
   return distilled(relation, label_smoothing, student_labels, distillation, delay, ramp)

@@ -46,6 +46,30 @@ def test_both_ways_of_a_depthwise_convolution_have_one_derivative(stride, sides)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, other)
 
 
+@pytest.mark.parametrize("sides", [(5, 6), (1, 1)], ids=["image", "one position"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_both_ways_of_the_derivative_on_small_images_are_one(stride, sides):
+  kernel = RNG.normal(size=(5, 3, 3, 4)).astype(np.float32)
+  images = RNG.normal(size=(2, *sides, 3)).astype(np.float32)
+
+  @jax.jit
+  def derivatives(x, k):
+    y, pull = jax.vjp(lambda x, k: c.convolution(x, k, stride), x, k)
+    plain = jax.vjp(lambda x, k: depthwise._convolve(x, k, stride), x, k)[1]
+    return pull(jnp.cos(y)), depthwise._transposed(x, k, jnp.cos(y), stride), plain(jnp.cos(y))
+
+  ours, *others = derivatives(images, kernel)
+  for other in others:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, other)
+
+
+def test_training_on_small_images_costs_what_it_costs_on_large_ones():
+  """As many FLOPs at a position, though a device may take products."""
+  block = c.Convolution("channels", "hidden", 7, 3)
+  small, large = (jax.ShapeDtypeStruct((1, n, n, 3), np.float32) for n in (8, 16))
+  assert 4 * flops(block, small, train=True) == flops(block, large, train=True)
+
+
 def test_flops_are_those_of_the_convolution():
   block = c.Convolution(None, "hidden", 3, 5, 2)
   assert flops(block, IMAGES) == 2 * 2 * 3 * 3 * 3 * 25

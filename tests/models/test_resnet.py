@@ -52,10 +52,11 @@ def test_members_of_fewer_stages_are_slices():
 def test_the_config_spells_a_space_of_its_network():
   config = cli.load_config(str(ROOT / "configs" / "digits_clutter_resnet.py"))
   space = Space(**config.space.to_dict())
-  assert space.size == 2 * (2 + 4 + 8) ** 3 and space.largest == space.pool[-1]
+  assert space.size == 2 ** 4 * (2 + 4 + 8) ** 3 and space.largest == space.pool[-1]
   net = Supernet(SmallResNet(10), space, (jax.ShapeDtypeStruct((1, 12, 12, 1), jnp.float32),))
   one = OneProgram(net)
-  assert len(one.widths) == 2 and set(one.inner) == {"expand_1", "expand_2", "expand_3"}
+  assert one.carried == ("width_0", "width_1", "width_2", "width_3") and len(one.widths) == 1
+  assert set(one.inner) == {"expand_1", "expand_2", "expand_3"}
   vectors = {tuple(one.vector(member)) for member in space.pool}
   assert one.possible and len(vectors) == len(space.pool)
 
@@ -94,11 +95,12 @@ def test_tied_widths_run_as_one_program():
     assert as_data._cache_size() == 1
 
 
-def test_free_widths_are_too_many_and_the_way_out_is_named():
+def test_free_widths_run_as_one_program():
   net = Supernet(TWO, resnet50d.space(TWO, (0,), (50, 100), (50, 75, 100)),
                  (jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32),))
-  with pytest.raises(ValueError, match=r"width_2, here 162, of at most 32; .*space.couple ties widths.*execution=slice"):
-    OneProgram(net).check()
+  one = OneProgram(net)
+  assert one.possible and one.widths == [{}]
+  one.check()
 
 
 @pytest.mark.parametrize("make, message", [

@@ -1,0 +1,326 @@
+"""One program for free widths of stages: each layer chooses the sizes of what it reads and writes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nestnet import Space, build, cost, evaluation, predict, runs
+from nestnet.axes import axes, statistics_axes
+from nestnet.evaluators.classification import _scores
+from nestnet.execution import Supernet
+from nestnet.models.small_resnet import SmallResNet
+from nestnet.models.stack import single, stack
+from nestnet.objectives import objective
+from nestnet.objectives.base import Targets
+from nestnet.one_program import OneProgram
+from nestnet.optim import optimizer, schedule
+from nestnet.sampling import on_shards, sampler
+from nestnet.sharding import make_mesh, put_batch
+from nestnet.slicing import scatter, used
+from nestnet.steps import Recipe, Step
+from tests.test_evaluation import built
+from tests.test_one_program import capture, own_loss_and_gradient
+from tests.test_one_program_conv import (IMAGES, INPUT, INPUTS, LABELS, WIDE, close, evaluated, make, outcome,
+                                         variables_of)
+
+TINY = SmallResNet(3, layers_1=2, widths=(16,), strides=(1,), stem=16)
+TWO = SmallResNet(3, layers_1=1, layers_2=3, widths=(16, 16), strides=(1, 2), stem=32)
+HALVES = (50, 100)
+NETS = {
+  "tiny": Supernet(TINY, Space(layers_0=(1, 2), layers_1=(1, 2), width_0=HALVES, width_1=HALVES), INPUT),
+  "two stages": Supernet(TWO, Space(
+    layers_0=(1, 2), layers_2=(1, 2, 3), width_stem=HALVES, width_0=HALVES, width_1=HALVES, width_2=HALVES,
+    expand_2=HALVES, per_layer=("expand_2",)), INPUT)}
+MEMBERS = {
+  "tiny": ("layers_0=1,width_0=50,layers_1=2,width_1=50",),
+  "two stages": ("layers_0=1,width_0=50,width_2=50,expand_2=100:50:50", "",
+                 "width_stem=50,layers_2=0+2,width_1=50,expand_2=50:100")}
+SLOW = pytest.param("two stages", marks=pytest.mark.slow)
+
+
+class Block(nn.Module):
+  """A residual MLP, from another width where that is given."""
+
+  width: int
+  mlp: int
+  reads: str = "embed_1"
+
+  @nn.compact
+  def __call__(self, x, constants, bias):
+    weights = lambda name, names, shape: self.param(name, axes(nn.initializers.normal(0.5), names), shape)
+    up = weights("up", f"{self.reads} -> mlp", (x.shape[-1], self.mlp))
+    down = weights("down", "mlp -> embed_1", (self.mlp, self.width))
+    y = jnp.tanh(x @ up + bias) @ down
+    if self.reads == "embed_1":
+      return x + y
+    return y + x @ weights("shortcut", f"{self.reads} -> embed_1", (x.shape[-1], self.width))
+
+
+class Dense(nn.Module):
+  names: str
+  width: int
+
+  @nn.compact
+  def __call__(self, x):
+    return x @ self.param("kernel", axes(nn.initializers.normal(0.5), self.names), (x.shape[-1], self.width))
+
+
+class Plain(nn.Module):
+  """Two widths, one behind the other, and nothing that normalises."""
+
+  layers: int
+  embed_0: int
+  embed_1: int
+  mlp: int | tuple[int, ...]
+  carried = ("embed_0", "embed_1")
+  singles = ("stem", "head")
+
+  @nn.compact
+  def __call__(self, x, bias=0.0):
+    x = single(functools.partial(Dense, "pixels -> embed_0"), x, name="stem", sizes={"width": self.embed_0},
+               writes=self.embed_0)
+    x, _ = stack(Block, x, layers=self.layers, lead=functools.partial(Block, reads="embed_0"),
+                 sizes={"width": self.embed_1, "mlp": self.mlp}, reads=self.embed_0, writes=self.embed_1,
+                 bias=bias)
+    return single(functools.partial(Dense, "embed_1 -> classes", 2), x, name="head", sizes={},
+                  reads=self.embed_1)
+
+
+X = jnp.linspace(-1, 1, 10).reshape(5, 2)
+PLAIN = Supernet(Plain(3, 4, 6, 4), Space(
+  layers=(1, 2, 3), embed_0=(2, 3, 4), embed_1=(3, 5, 6), mlp=(2, 4), per_layer=("mlp",)),
+  (jax.ShapeDtypeStruct(X.shape, X.dtype),))
+
+
+def test_a_plain_member_as_data_is_the_member():
+  """Logits, gradients of weights and of an input beside `x`, and exactly zero outside of the slice."""
+  one, rng = OneProgram(PLAIN), np.random.default_rng(0)
+  params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), PLAIN.shapes["params"])
+
+  def run(runnable, params, bias):
+    def loss(params, bias):
+      choice = {"choice": runnable.choice} if runnable.choice else {}
+      logits = runnable.module.apply({**runnable.cut({"params": params}), **choice}, X, bias)
+      return jnp.sum(jnp.sin(logits)), logits
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, bias)
+
+  as_data, bias = jax.jit(lambda vector, *operands: one.switch(run, vector, *operands)), jnp.float32(0.3)
+  assert one.widths == [{}]
+  for text in ("layers=1,embed_0=2,mlp=2", "layers=0+2,embed_0=3,embed_1=3,mlp=4:2", ""):
+    subnet = PLAIN.space.subnet(text)
+    expected = jax.jit(functools.partial(run, PLAIN.runnable(subnet)))(params, bias)
+    found = as_data(one.vector(subnet), params, bias)
+    close(found, expected, 1e-5, 1e-6)
+    marks = jax.jit(one.used)(one.vector(subnet), params)
+    for grad, mark in zip(*map(jax.tree.leaves, (found[1][0], marks))):
+      assert not np.asarray(grad)[~np.asarray(mark)].any()
+  assert as_data._cache_size() == 1
+
+
+@functools.cache
+def family(name):
+  """In float64; to be called with `wide`."""
+  net = NETS[name]
+  net = Supernet(net.model.clone(**WIDE), net.space, (jax.ShapeDtypeStruct(INPUTS.shape, jnp.float64),))
+  return net, OneProgram(net), variables_of(net)
+
+
+@functools.cache
+def as_data(name):
+  one = family(name)[1]
+  return jax.jit(lambda vector, v: one.switch(outcome, vector, v))
+
+
+@pytest.fixture
+def wide():
+  """Gradients of normalised batches are differences of like numbers: equality is told in float64."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETS)
+def test_as_data_equals_the_slice(name, wide):
+  """Loss, logits, gradient, exactly zero outside of the slice, and moments; logits under given statistics."""
+  net, one, variables = family(name)
+  names = statistics_axes(net.axes["params"], variables["batch_stats"])
+  for subnet in map(net.space.subnet, MEMBERS[name]):
+    loss, logits, grads, moments, own = jax.jit(functools.partial(outcome, net.runnable(subnet)))(variables)
+    found_loss, found_logits, found_grads, found, found_own = as_data(name)(one.vector(subnet), variables)
+    assert np.ptp(logits) > 1e-2
+    close((found_loss, found_logits, found_grads, found_own), (loss, logits, grads, own))
+    own_weights = used(lambda p: net.cut({"params": p}, subnet)["params"], variables["params"])
+    for grad, mark in zip(*map(jax.tree.leaves, (found_grads, own_weights))):
+      assert not np.asarray(grad)[~np.asarray(mark)].any()
+    close(found, scatter(moments, names, net.model.sizes(subnet), variables["batch_stats"]))
+  assert as_data(name)._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["tiny", SLOW])
+def test_what_a_vector_uses_is_what_the_slice_uses(name):
+  net = NETS[name]
+  one = OneProgram(net)
+  params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), net.shapes["params"])
+  for subnet in map(net.space.subnet, MEMBERS[name]):
+    expected = used(lambda p: net.cut({"params": p}, subnet)["params"], params)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(one.used)(one.vector(subnet), params), expected)
+
+
+@pytest.mark.slow
+def test_a_member_alone_is_cut_layer_by_layer(wide):
+  net, one, variables = family("two stages")
+  subnet = net.space.subnet(MEMBERS["two stages"][0])
+  close(jax.jit(functools.partial(evaluated, one.only(subnet)))(variables),
+        jax.jit(functools.partial(evaluated, net.runnable(subnet)))(variables))
+
+
+def test_each_place_has_branches_for_its_own_axes_alone():
+  net = NETS["two stages"]
+  one = OneProgram(net)
+  assert one.widths == [{}] and one.inner == ("expand_2",)
+  # The stem's two, then the first blocks of both stages, the blocks behind in the second, the classifier.
+  assert one.worth == (4 + 4 + 4 + 8 + 4 + 2) / 6
+  members = [net.space.sample((3, i)) for i in range(50)]
+  assert len({tuple(one.vector(m)) for m in members}) == len(set(members)) > 40
+
+
+def test_few_combinations_are_left_outside():
+  """Where widths go together, a network for each of them has fewer branches than a choice in each place."""
+  widths = [f"width_{s}" for s in ("stem", 0, 1, 2)]
+  tied = Space(couple={" ".join(widths): tuple((width,) * 4 for width in HALVES)}, layers_2=(2, 3))
+  one = OneProgram(Supernet(TWO, tied, INPUT))
+  assert one.carried == () and len(one.widths) == 2
+
+
+def test_each_member_costs_its_own_flops():
+  net = NETS["two stages"]
+  one = OneProgram(net)
+  params = {"params": net.shapes["params"]}
+  for text in ("layers_0=1,width_0=50,width_2=50", "width_stem=50,layers_2=0+2,width_1=50,expand_2=50"):
+    subnet = net.space.subnet(text)
+    runnable = one.only(subnet)
+    run = lambda v, x: runnable.module.apply({**runnable.cut(v), "choice": runnable.choice}, x)
+    assert cost.count_flops(run, params, *net.inputs) == cost.flops(net.module(subnet), *net.inputs)
+
+
+def test_features_whose_number_is_data_are_not_given():
+  one = OneProgram(NETS["tiny"])
+  outputs = lambda runnable: jax.eval_shape(lambda v, x: runnable.module.apply(
+    {**runnable.cut(v), "choice": runnable.choice}, x), {"params": NETS["tiny"].shapes["params"]}, *INPUT)
+  branch = one._branch({}, jax.tree.map(jnp.asarray, one.only(NETS["tiny"].space.largest).choice))
+  assert set(outputs(branch)) == {"logits"}
+  assert set(outputs(one.only(NETS["tiny"].space.smallest))) == {"logits", "features"}
+  distil = objective("classification", space="features")
+  with pytest.raises(ValueError, match="number is data to one program; .*space=logits, or .*execution=slice"):
+    distil.loss({}, {}, {"logits": jnp.zeros((4, 3))}, Targets({"label": LABELS}, {}), 0, None)
+
+
+@pytest.mark.slow
+def test_many_members_have_the_rows_of_each_alone():
+  """Calibrated and evaluated by one program; the rows are those of members on their own."""
+  space = NETS["two stages"].space.to_json()
+  run = built({"name": "SmallResNet", "layers_1": 1, "layers_2": 3, "widths": (16, 16), "strides": (1, 2),
+               "stem": 32}, space)
+  state, family = run.step.init(), run.supernet.space
+  members = [family.smallest, *predict.drawn(family, 8)][:9]
+  rows = evaluation.evaluate(run, state, members)
+  assert _scores(evaluation.as_data(run.supernet))._cache_size() == 1
+  for row, member in zip(rows[:3], members):
+    (alone,) = evaluation.evaluate(run, state, [member])
+    for name, value in alone.items():
+      assert row[name] == (pytest.approx(value, rel=1e-5) if name.endswith("loss") else value), name
+  assert len({row["loss"] for row in rows}) == len(set(members))
+
+
+@pytest.mark.slow
+def test_ten_thousand_members_compile_one_program(caplog):
+  net = NETS["tiny"]
+  model = net.model.clone(layers_1=13)
+  space = Space(layers_0=(1, 2), layers_1=(12, 13), width_0=HALVES, width_1=HALVES, expand_1=HALVES,
+                per_layer=("expand_1",))
+  assert space.size > 90_000
+  step = make(Supernet(model, space, INPUT), sampler("sorted_nested", space, 0, n=1000))
+  assert step.one.carried
+  state, batch = step.init(), put_batch({"image": IMAGES, "label": LABELS}, step.mesh)
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    for at in range(10):
+      state, metrics = jax.block_until_ready(step(state, batch, at))
+  compiled = [r.getMessage().split(" with ")[0] for r in caplog.records]
+  assert compiled.count("Compiling jit(_add)") == compiled.count("Compiling jit(_updated)") == 1
+  assert np.isfinite(metrics["loss"])
+  assert len({c for at in range(10) for t in step.recipe.sampler.terms(at) for c in t.candidates}) > 9000
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_ends_as_the_uninterrupted_one(tmp_path):
+  """Bit for bit."""
+  def run(steps, folder):
+    model = {"name": "SmallResNet", "layers_1": 2, "widths": (16,), "strides": (1,)}
+    run = built(model, NETS["tiny"].space.to_json())
+    train = {**run.config["train"], "steps": steps, "execution": "one_program"}
+    run = build.build({**run.config, "train": train})
+    assert run.step.one.carried
+    return jax.tree.map(np.asarray, runs.trained(run, tmp_path / folder, show_progress=False).trained)
+
+  start = run(2, "stopped")
+  whole, again = run(4, "whole"), run(4, "stopped")
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
+  assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (start, whole))))
+
+
+@pytest.mark.slow
+def test_untouched_weights_stay():
+  net = NETS["tiny"]
+  drawn = sampler("sorted_nested", net.space, 0, n=1)
+  recipe = Recipe(drawn, objective("classification"), untouched="freeze")
+  step = Step(net, recipe, optimizer("adamw", schedule("constant", 0.01, 0, 10), 0.1, 0.0),
+              make_mesh({"data": 1}), execution="one_program")
+  start, (subnet,) = step.init(), drawn.terms(0)[0].candidates
+  before = jax.tree.map(np.asarray, start.trained["model"])
+  state, _ = step(start, put_batch({"image": IMAGES, "label": LABELS}, step.mesh), 0)
+  mark = step.one.used(step.one.vector(subnet), before)
+  for own, old, new in zip(*map(jax.tree.leaves, (mark, before, state.trained["model"]))):
+    moved = old != np.asarray(new)
+    assert not moved[~np.asarray(own)].any()
+  assert not all(leaf.all() for leaf in jax.tree.leaves(mark))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"fsdp": 2}], ids=str)
+def test_a_mesh_has_the_gradient_of_one_device(mesh):
+  """Also where weights lie in shares: GroupNorm's statistics are of each image."""
+  net = NETS["tiny"]
+  net = Supernet(net.model.clone(norm="group"), net.space, INPUT)
+  recipe = Recipe(sampler("sorted_nested", net.space, 0, n=2), objective("classification"))
+  found = []
+  for sizes in ({"data": 1}, mesh):
+    step = Step(net, recipe, capture, make_mesh(sizes), execution="one_program")
+    state, _ = step(step.init(), put_batch({"image": IMAGES, "label": LABELS}, step.mesh), 0)
+    found.append(jax.tree.map(np.asarray, state.opt_state["model"]))
+  close(found[1], found[0], 1e-4, 1e-6)
+
+
+@pytest.mark.slow
+def test_data_shards_train_members_of_their_own():
+  shards, size, net = 2, 4, NETS["tiny"]
+  drawn = on_shards([sampler("sorted_nested", net.space, k, n=1) for k in range(shards)])
+  step = make(net, drawn, devices=shards, tx=capture)
+  batch = {"image": IMAGES, "label": LABELS}
+  state = step.init()
+  start = jax.tree.map(np.asarray, state)
+  state, metrics = step(state, put_batch(batch, step.mesh), 0)
+  expected, total = jax.tree.map(jnp.zeros_like, start.trained["model"]), 0.0
+  for k, subnet in enumerate(drawn.terms(0)[0].candidates[0]):
+    share = {name: value[k * size // shards:(k + 1) * size // shards] for name, value in batch.items()}
+    loss, grads = jax.jit(functools.partial(own_loss_and_gradient, step, start, subnet))(share)
+    total += loss / shards
+    expected = jax.tree.map(lambda e, g: e + g / shards, expected, grads)
+  np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+  close(jax.tree.map(np.asarray, state.opt_state["model"]), expected, 1e-4, 1e-6)
