@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -252,8 +252,13 @@ class Gradients:
     if isinstance(who, (Subnet, Runnable)):
       return given
     largest = self._runnable(self.supernet.space.largest)
-    full = jax.eval_shape(lambda *a: teach(self._term(largest, False, *a)[1][0]), trained, fixed, state,
-                          batch, taught, step, *rest)
+
+    def whole(*operands):
+      every = self._term(largest, False, *operands)[1][0]
+      # A member gives no features where data says how many there are.
+      return teach({name: every[name] for name in outputs} if isinstance(outputs, Mapping) else every)
+
+    full = jax.eval_shape(whole, trained, fixed, state, batch, taught, step, *rest)
     return jax.tree.map(lambda x, like: jnp.pad(
       x, [(0, n - m) for m, n in zip(x.shape, like.shape)]), given, full)
 

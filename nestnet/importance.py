@@ -127,7 +127,8 @@ def orders(supernet: Supernet, axes: Any, weights: Any, wanted: Iterable[str], b
 
   Args:
     supernet: The family. `tied` of its model names axes whose units are the same, a tuple for each
-      space, the longest first; shorter ones are leading parts of it.
+      space, the longest first; shorter ones are leading parts of it. `together` of it says how many
+      units side by side move as one, as those do that GroupNorm normalises as one.
     axes: Axis names of `weights`.
     weights: What kernels are read from.
     wanted: Which axes, with those tied to them.
@@ -155,7 +156,8 @@ def orders(supernet: Supernet, axes: Any, weights: Any, wanted: Iterable[str], b
     parts = [scores(axes, weights, tied, by, len(lengths), seen)
              for tied in space if tied in read or tied == axis]
     score = [sum(jnp.pad(s, (0, n - len(s))) for s in layer) for n, layer in zip(lengths, zip(*parts))]
-    made = [ranked(s, e, supernet.space.groups.get(axis, 1)) for s, e in zip(score, edges)]
+    made = [ranked(s, e, supernet.space.groups.get(axis, 1), getattr(supernet.model, "together", 1))
+            for s, e in zip(score, edges)]
     for tied in space:
       cut = [order[:n] for order, n in zip(made, full[tied])]
       found[tied] = tuple(cut) if tied in inside else cut[0]
@@ -208,13 +210,14 @@ def scores(axes: Any, weights: Any, axis: str, by: str = "l1", layers: int = 1, 
   return totals
 
 
-def ranked(score: jax.Array, sizes: Iterable[int] = (), groups: int = 1) -> jax.Array:
+def ranked(score: jax.Array, sizes: Iterable[int] = (), groups: int = 1, together: int = 1) -> jax.Array:
   """Where each unit comes from, so that leading parts hold those of the highest score.
 
   Args:
     score: `[units]`; equal ones keep their order.
     sizes: Units do not move across these.
     groups: Equal groups, each with a leading part: the best units are dealt to them in turn.
+    together: Units side by side that move as one, by the sum of their scores.
 
   Example:
     >>> ranked(jnp.array([1.0, 4.0, 3.0, 2.0])).tolist()
@@ -223,7 +226,12 @@ def ranked(score: jax.Array, sizes: Iterable[int] = (), groups: int = 1) -> jax.
     [0, 1, 2, 3]
     >>> ranked(jnp.array([1.0, 4.0, 3.0, 2.0]), groups=2).tolist()
     [1, 3, 2, 0]
+    >>> ranked(jnp.array([1.0, 4.0, 3.0, 3.0]), together=2).tolist()
+    [2, 3, 0, 1]
   """
+  if together > 1:
+    blocks = ranked(score.reshape(-1, together).sum(1), [size // together for size in sizes], groups)
+    return (blocks[:, None] * together + jnp.arange(together)[None]).reshape(-1)
   units = len(score)
   each = units // groups
   place, group = np.arange(units) % each, np.arange(units) // each

@@ -65,7 +65,6 @@ class OneProgram:
     """Where each axis is chosen: those that are carried, in each place in which they matter."""
     space, axes = self.supernet.space, self.supernet.axes["params"]
     singles = [(name,) for name in getattr(self.supernet.model, "singles", ()) if carried and name in axes]
-    self.carried = carried
     self.places = {path: Place(None, 0, 1, True) for path in singles}
     self.places |= {path: place for path, place in stacks(axes, self.supernet.shapes["params"]).items()
                     if path[:1] not in singles}
@@ -73,10 +72,13 @@ class OneProgram:
     self.lengths = {depth: max(p.first + p.count for p in self.places.values() if p.depth == depth)
                     for depth in self.depths}
     owned = owners(axes, self.places)
+    decided = {axis: self._decided(axis) for axis in carried}
+    # What stands in no place would have zeros for the units that a member lacks.
+    self.carried = carried = tuple(axis for axis in carried if not any(
+      None in owned.get(name, ()) for name in decided[axis]))
     self.inner = tuple(a for a in space.axes if a not in carried and self._is_inner(a, owned))
     self.outer = tuple(a for a in space.axes if a not in (*self.inner, *carried, *self.depths))
     self.widths = space.combinations(self.outer)
-    decided = {axis: self._decided(axis) for axis in carried}
     self._local = {
       path: (*self._listed(place.depth), *(a for a in carried if decided[a] & axes_in(at(axes, path))))
       for path, place in self.places.items()}
@@ -86,7 +88,8 @@ class OneProgram:
       return False
     # Choices may round to the same lengths, and decide nothing.
     names = self._decided(axis)
-    inside = all(owned.get(name, set()) <= {depth_of(axis)} for name in names)
+    depths = {place and place.depth for name in names for place in owned.get(name, ())}
+    inside = depths <= {depth_of(axis)}
     return inside if names else axis in self.supernet.space.per_layer
 
   def _decided(self, axis: str) -> set[str]:
@@ -123,11 +126,14 @@ class OneProgram:
                       f"{len(self.widths)}, of at most {BRANCHES}; allowed: fewer of them, as where "
                       "space.couple ties widths, or train.execution=slice")
     vector, supernet = self.vector(self.supernet.space.smallest), self.supernet
-    one = self._branch(self.widths[vector[0]], nested(self._entries(vector[1:])))
-    apply = lambda variables, *inputs: one.module.apply({**one.cut(variables), CHOICE: one.choice}, *inputs)
+
+    def apply(variables, *inputs):
+      one = self._branch(self.widths[vector[0]], nested(self._entries(vector[1:])))
+      return one.module.apply({**one.cut(variables), CHOICE: one.choice}, *inputs)
+
     try:
       jax.eval_shape(apply, supernet.shapes, *supernet.inputs)
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
       raise UserError(
         f"{type(supernet.model).__name__} cannot run as one program: {error}. Its layers' sizes must "
         "reach their modules through stack(sizes=...); allowed as it is: train.execution=slice") from error

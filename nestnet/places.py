@@ -22,7 +22,7 @@ class Place:
     depth: The axis over the layers; None for what is no layer.
     first: Which of them comes first here.
     count: How many they are.
-    leads: Whether it is the one that differs from those behind it, and is never absent.
+    leads: Whether it stands alone, differs from any layers behind it, and is never absent.
   """
 
   depth: str | None
@@ -78,14 +78,14 @@ def _leads(axes: Any, path: Path):
     yield from _leads(child, (*path, key))
 
 
-def owners(axes: Any, places: Mapping[Path, Place]) -> dict[str, set[str | None]]:
-  """For each name, the depth axes of the layers that it occurs in, and None where it does outside."""
-  found: dict[str, set[str | None]] = {}
+def owners(axes: Any, places: Mapping[Path, Place]) -> dict[str, set[Place | None]]:
+  """For each name, the places that it occurs in, and None where it occurs in none."""
+  found: dict[str, set[Place | None]] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes):
     keys, leaf = tuple(entry.key for entry in path), Axes.of(leaf)
-    depth = next((p.depth for where, p in places.items() if keys[:len(where)] == where), None)
+    place = next((p for where, p in places.items() if keys[:len(where)] == where), None)
     for name in (*flat(leaf.names), *getattr(leaf.rule, "axes", ())):
-      found.setdefault(name, set()).add(depth)
+      found.setdefault(name, set()).add(place)
   return found
 
 

@@ -35,6 +35,7 @@ VIT = ViT(layers=2, embed=16, heads=4, mlp=16, classes=3, head_dim=4, features=1
 FAMILIES = {
   "mobilenet": (SMALL, mobilenet.space(SMALL, (1, 2, 3), (1, 2, 4), (3, 5))),
   "resnet": (RESNET, resnet50d.space(RESNET, (0,))),
+  "grouped": (SMALL.clone(norm="group", group=4), mobilenet.space(SMALL, (1, 2, 3), (1, 2, 4), (3, 5))),
   "vit": (VIT, Space(layers=(1, 2), embed=(12, 16), heads=(2, 4), mlp=(4, 8, 16), features=(4, 12),
                      per_layer=("mlp",), groups={"mlp": 2}))}
 
@@ -122,6 +123,13 @@ def test_activations_are_those_that_kernels_see():
   assert scores(step.axes, state.trained, "heads", "activation", 2, seen)[1].shape == (4,)
 
 
+def test_channels_that_are_normalised_as_one_move_as_one():
+  found = orders(family("grouped"), family("grouped").axes["params"], params("grouped"), ["hidden_2", "stem"])
+  moved = [np.asarray(order).reshape(-1, 4) for order in (*found["hidden_2"], found["stem"])]
+  assert all((rows == rows[:, :1] // 4 * 4 + np.arange(4)).all() for rows in moved)
+  assert any((np.diff(rows[:, 0]) < 0).any() for rows in moved)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_and_an_order_commute(name):
@@ -131,7 +139,8 @@ def test_a_step_and_an_order_commute(name):
   rng = np.random.default_rng(1)
   noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), state.trained)
   state = state.replace(trained=noisy)
-  wanted = {"mobilenet": ["stem", "embed_1", "hidden_1", "hidden_2", "squeeze_2", "head_0", "features"],
+  channels = ["stem", "embed_1", "hidden_1", "hidden_2", "squeeze_2", "head_0", "features"]
+  wanted = {"mobilenet": channels, "grouped": channels,
             "resnet": ["stem", "embed_0", "embed_1", "embed_4", "hidden_1", "inner_1", "inner_4"],
             "vit": ["embed", "heads", "mlp"]}[name]
   found = orders(step.supernet, step.axes, state.trained, wanted)
@@ -147,7 +156,8 @@ def test_a_step_and_an_order_commute(name):
   close(permuted(step, whole[0][0], found), whole[1][0], 1e-3)
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("mobilenet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=pytest.mark.slow)
+                                          for name in ("mobilenet", "grouped"))])
 def test_members_that_trained_before_compute_the_same(name):
   """And the smallest has changed where units were free."""
   before = make(name, "sandwich")

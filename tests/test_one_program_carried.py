@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 
@@ -73,12 +74,13 @@ class Dense(nn.Module):
 
 
 class Plain(nn.Module):
-  """Two widths, one behind the other, and nothing that normalises."""
+  """Two widths, one behind the other; with `normalised` a norm that stands in no `single`."""
 
   layers: int
   embed_0: int
   embed_1: int
   mlp: int | tuple[int, ...]
+  normalised: bool = False
   carried = ("embed_0", "embed_1")
   singles = ("stem", "head")
 
@@ -89,6 +91,9 @@ class Plain(nn.Module):
     x, _ = stack(Block, x, layers=self.layers, lead=functools.partial(Block, reads="embed_0"),
                  sizes={"width": self.embed_1, "mlp": self.mlp}, reads=self.embed_0, writes=self.embed_1,
                  bias=bias)
+    if self.normalised:
+      scale = self.param("scale", axes(nn.initializers.ones, "-> embed_1"), x.shape[-1:])
+      x = nn.standardize(x) * scale.reshape(1, -1)
     return single(functools.partial(Dense, "embed_1 -> classes", 2), x, name="head", sizes={},
                   reads=self.embed_1)
 
@@ -199,6 +204,29 @@ def test_few_combinations_are_left_outside():
   assert one.carried == () and len(one.widths) == 2
 
 
+def test_what_stands_in_no_place_keeps_a_width_of_its_own():
+  """A norm would count the zeros behind a member's units: there is a network for each width instead."""
+  net = Supernet(PLAIN.model.clone(normalised=True), PLAIN.space, PLAIN.inputs)
+  one = OneProgram(net)
+  assert "embed_1" in one.outer
+  params = jax.tree.map(lambda s: jnp.full(s.shape, 0.3, s.dtype), net.shapes["params"])
+  subnet = net.space.subnet("layers=1,embed_0=2,embed_1=3")
+  run = lambda r, params: r.module.apply(
+    {**r.cut({"params": params}), **({"choice": r.choice} if r.choice else {})}, X)
+  close(one.switch(run, one.vector(subnet), params), run(net.runnable(subnet), params), 1e-5, 1e-6)
+
+
+def test_a_model_that_counts_with_its_sizes_is_told():
+  class Even(Plain):
+    def __post_init__(self):
+      super().__post_init__()
+      if self.embed_0 % 1:
+        raise ValueError
+
+  with pytest.raises(ValueError, match=r"(?s)Even cannot run as one program: .*OneOf.*train.execution=slice"):
+    OneProgram(Supernet(Even(3, 4, 6, 4), PLAIN.space, PLAIN.inputs)).check()
+
+
 def test_each_member_costs_its_own_flops():
   net = NETS["two stages"]
   one = OneProgram(net)
@@ -273,6 +301,19 @@ def test_a_run_that_goes_on_ends_as_the_uninterrupted_one(tmp_path):
   whole, again = run(4, "whole"), run(4, "stopped")
   jax.tree.map(np.testing.assert_array_equal, again, whole)
   assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (start, whole))))
+
+
+@pytest.mark.slow
+def test_an_objective_is_given_what_every_member_has():
+  """For its update it keeps the outputs of the first member; the largest alone has features too."""
+  net = NETS["tiny"]
+  keeps = dataclasses.replace(
+    objective("classification"), init=lambda *_: ({}, {}, {"logits": jnp.zeros((4, 3))}),
+    update=lambda state, params, outputs, step: {"logits": outputs["logits"]})
+  recipe = Recipe(sampler("sorted_nested", net.space, 0, n=1), keeps)
+  step = Step(net, recipe, capture, make_mesh({"data": 1}), execution="one_program")
+  state, _ = step(step.init(), put_batch({"image": IMAGES, "label": LABELS}, step.mesh), 0)
+  assert np.ptp(state.objective["logits"]) > 0
 
 
 @pytest.mark.slow

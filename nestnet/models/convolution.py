@@ -16,7 +16,7 @@ import numpy as np
 
 from nestnet.axes import axes
 from nestnet.errors import UserError, one_of
-from nestnet.models.depthwise import convolution
+from nestnet.models.convolve import convolution
 from nestnet.models.layers import Linear
 from nestnet.subnet import Subnet
 

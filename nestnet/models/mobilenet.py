@@ -153,6 +153,11 @@ class MobileNet(nn.Module):
     super().__post_init__()
 
   @property
+  def together(self) -> int:
+    """How many channels side by side are normalised as one, so that they move as one."""
+    return self.group if self.norm == "group" else 1
+
+  @property
   def stages(self) -> range:
     """The stages, counted from 1; from 0 where the blocks before the first make one."""
     return range(self.layers_0 is None, len(self.widths))

@@ -104,6 +104,11 @@ class ResNet50D(nn.Module):
     super().__post_init__()
 
   @property
+  def together(self) -> int:
+    """How many channels side by side are normalised as one, so that they move as one."""
+    return self.group if self.norm == "group" else 1
+
+  @property
   def stages(self) -> range:
     """The stages, counted from 1."""
     return range(1, 1 + len(self.widths))

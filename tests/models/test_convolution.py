@@ -11,7 +11,7 @@ from flax.core import meta
 from nestnet import Subnet, count_params, flops, take
 from nestnet.axes import variable_axes
 from nestnet.models import convolution as c
-from nestnet.models import depthwise
+from nestnet.models import convolve
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(2, 5, 6, 3)).astype(np.float32)
@@ -42,7 +42,7 @@ def test_both_ways_of_a_depthwise_convolution_have_one_derivative(stride, sides)
   kernel = RNG.normal(size=(5, 3, 3)).astype(np.float32)
   images = RNG.normal(size=(2, *sides, 3)).astype(np.float32)
   loss = lambda f: jax.jit(jax.value_and_grad(lambda x, k: jnp.sin(f(x, k, stride)).sum(), (0, 1)))
-  ours, other = (loss(f)(images, kernel) for f in (c.convolution, depthwise._grouped))
+  ours, other = (loss(f)(images, kernel) for f in (c.convolution, convolve._grouped))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, other)
 
 
@@ -55,12 +55,32 @@ def test_both_ways_of_the_derivative_on_small_images_are_one(stride, sides):
   @jax.jit
   def derivatives(x, k):
     y, pull = jax.vjp(lambda x, k: c.convolution(x, k, stride), x, k)
-    plain = jax.vjp(lambda x, k: depthwise._convolve(x, k, stride), x, k)[1]
-    return pull(jnp.cos(y)), depthwise._transposed(x, k, jnp.cos(y), stride), plain(jnp.cos(y))
+    plain = jax.vjp(lambda x, k: convolve._convolve(x, k, stride), x, k)[1]
+    return pull(jnp.cos(y)), convolve._transposed(x, k, jnp.cos(y), stride), plain(jnp.cos(y))
 
   ours, *others = derivatives(images, kernel)
   for other in others:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, other)
+
+
+def test_derivatives_on_small_images_are_as_exact_in_bfloat16():
+  """What the taps of a position add up to is rounded once, as a convolution does."""
+  images, kernel = (jnp.asarray(RNG.normal(size=shape), jnp.bfloat16) for shape in ((4, 8, 8, 32), (3, 3, 32, 32)))
+
+  @jax.jit
+  def derivatives(x, k):
+    g = jnp.cos(c.convolution(x, k))
+    exact = convolve._transposed(*(v.astype(jnp.float32) for v in (x, k, g)), 1)
+    return convolve._by_patches(x, k, g, 1), convolve._transposed(x, k, g, 1), exact
+
+  ours, xla, exact = derivatives(images, kernel)
+  error = lambda found: [float(jnp.sqrt(jnp.square(a.astype(jnp.float32) - e).mean())) for a, e in zip(found, exact)]
+  assert all(own < 1.2 * other for own, other in zip(error(ours), error(xla)))
+
+
+def test_a_kernel_with_an_even_side_is_refused():
+  with pytest.raises(ValueError, match="a kernel of 2 x 3; allowed are odd sides"):
+    c.convolution(IMAGES, np.ones((2, 3, 3), np.float32))
 
 
 def test_training_on_small_images_costs_what_it_costs_on_large_ones():

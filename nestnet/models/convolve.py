@@ -1,4 +1,4 @@
-"""Convolutions as XLA runs them well on CPU: depthwise ones as sums of shifted products, derivatives of
+"""One convolution as XLA runs it well on CPU: a depthwise one as sums of shifted products, derivatives of
 others on small images as matrix products."""
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from nestnet.errors import UserError
 
 # Up to so many positions of an image a derivative is found from products: of a depthwise convolution of all
 # pairs of them, of another one of the patches that its kernel covers.
@@ -25,6 +27,11 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
       channel with its own filter.
     stride: Of both directions.
 
+  Forward-mode derivatives (`jax.jvp`) are there for dense kernels on images of more than 64 positions alone.
+
+  Raises:
+    ValueError: A kernel with an even side.
+
   Example:
     >>> images = jnp.ones((1, 4, 4, 2))
     >>> convolution(images, jnp.ones((3, 3, 2)), 2)[0, :, :, 0].tolist()
@@ -32,6 +39,8 @@ def convolution(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     >>> convolution(images, jnp.ones((3, 3, 2, 5))).shape
     (1, 4, 4, 5)
   """
+  if not all(side % 2 for side in kernel.shape[:2]):
+    raise UserError(f"convolution: a kernel of {kernel.shape[0]} x {kernel.shape[1]}; allowed are odd sides")
   if kernel.ndim == 3:
     return _depthwise(x, kernel.astype(x.dtype), stride)
   few = x.shape[1] * x.shape[2] <= FEW and kernel.shape[2] == x.shape[-1]
@@ -67,9 +76,11 @@ def _by_patches(x, kernel, g, stride):
             for i in range(rows) for j in range(columns)]
     return jnp.concatenate(seen, -1).reshape(-1, rows * columns * x.shape[-1])
 
-  columns = g.reshape(-1, g.shape[-1])
-  (of_x,) = jax.linear_transpose(patches, x)(columns @ kernel.reshape(-1, g.shape[-1]).T)
-  return of_x, (patches(x).T @ columns).reshape(kernel.shape)
+  columns, wide = g.reshape(-1, g.shape[-1]), jnp.promote_types(x.dtype, jnp.float32)
+  # What the taps of a position add up to is rounded once.
+  parts = jnp.matmul(columns, kernel.reshape(-1, g.shape[-1]).T, preferred_element_type=wide)
+  (of_x,) = jax.linear_transpose(patches, jax.ShapeDtypeStruct(x.shape, wide))(parts)
+  return of_x.astype(x.dtype), (patches(x).T @ columns).reshape(kernel.shape)
 
 
 _convolve_few = jax.custom_vjp(_convolve, nondiff_argnums=(2,))
