@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from nestnet import execution
@@ -285,7 +286,11 @@ def as_data(execution: str, supernet: Supernet, sampler: Sampler) -> bool:
     one.check()
     return True
   few = sampler.fixed or (supernet.space.pool and not sampler.whole) or supernet.space.size <= FIXED_LIMIT
-  if execution == "slice" or few or not one.possible:
+  if execution == "slice" or few:
+    return False
+  if not one.possible:
+    logging.warning("One program cannot hold these sub-networks (%s): each new one that is drawn is compiled.",
+                    f"{len(one.widths)} combinations of {', '.join(one.outer)}" if one.places else "no stacks")
     return False
   one.check()
   return True

@@ -14,6 +14,7 @@ from nestnet.axes import axes
 from nestnet.execution import Supernet
 from nestnet.models.layers import Linear
 from nestnet.objectives import objective
+from nestnet.phases import SORT
 from nestnet.sampling import Context, sampler
 from nestnet.sharding import make_mesh, put_batch
 from nestnet.space import Space
@@ -215,10 +216,10 @@ class Data:
     return example(step)
 
 
-def shrinking_run(steps, enter):
+def phased_run(name, steps, enter, space=SIZES):
   config = {
     "seed": 0, "model": {"name": "recipe_net:Net", "kernel_1": 8, "layers_1": 3, "expand_1": 8},
-    "space": SIZES, "recipe": recipes.recipe("ofa"), "phases": recipes.phases("ofa", SIZES, enter),
+    "space": space, "recipe": recipes.recipe(name), "phases": recipes.phases(name, space, enter),
     "data": {"name": "nowhere", "shape": (4, 4, 1), "classes": CLASSES},
     "optim": recipes.optim("ofa") | {"learning_rate": 0.1},
     "train": {"steps": steps, "batch_size": BATCH, "checkpoint_every": 1, "log_every": 1, "eval_every": 0},
@@ -230,14 +231,23 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sorts", [False, True])
-def test_shrinking_is_one_run_that_resumes_at_every_boundary(sorts, tmp_path, monkeypatch):
+def die():
+  raise KeyboardInterrupt
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+  """The network of this file, where a config finds it."""
   (tmp_path / "recipe_net.py").write_text("")
   monkeypatch.syspath_prepend(tmp_path)
   import recipe_net
   recipe_net.Net = Net
-  phases = shrinking_run(14, "nestnet.importance:Sort" if sorts else "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sorts", [False, True])
+def test_shrinking_is_one_run_that_resumes_at_every_boundary(sorts, tmp_path, network):
+  phases = phased_run("ofa", 14, SORT if sorts else "")
   lengths = [phase.steps for phase in phases]
   assert sum(lengths) == 14 and len(lengths) == 6
   assert [phase.step.supernet.space.size for phase in phases] == [1, 3, 6, 9, 18, 27]
@@ -268,11 +278,27 @@ def test_shrinking_is_one_run_that_resumes_at_every_boundary(sorts, tmp_path, mo
   # The schedule began anew with the optimizer.
   assert optax.tree_utils.tree_get(whole.opt_state, "count") == lengths[-1]
 
-  def die():
-    raise KeyboardInterrupt
-
   for end in ends[:-1]:
     with pytest.raises(KeyboardInterrupt):
       train(tmp_path / "killed", Data({int(end): die}))
   again = train(tmp_path / "killed").state
   same(again, whole)
+
+
+COUPLED = {"kernel_1": (8,), "couple": {"layers_1 expand_1": ((1, 4), (2, 6), (3, 8))}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, space", [("deps", SIZES), ("compofa", COUPLED)], ids=["deps", "compofa"])
+def test_other_phases_resume_at_their_boundaries(name, space, tmp_path, network):
+  """Units are sorted at the first, in DεpS those of the optimizer's momentum too."""
+  phases = phased_run(name, 9, SORT, space)
+  train = lambda folder, data=Data(): training.train(
+    phases, data, tmp_path / folder, checkpoint_every=1, log_every=1, show_progress=False).state
+  whole = train("whole")
+  for end in np.cumsum([phase.steps for phase in phases])[:-1]:
+    with pytest.raises(KeyboardInterrupt):
+      train("killed", Data({int(end): die}))
+  same(train("killed"), whole)
+  counted = phases[-1].steps if name == "compofa" else 9
+  assert optax.tree_utils.tree_get(whole.opt_state, "count") == counted
