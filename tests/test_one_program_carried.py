@@ -255,13 +255,15 @@ def test_each_member_costs_its_own_flops(name, texts):
     assert cost.count_flops(run, params, *net.inputs) == cost.flops(net.module(subnet), *net.inputs)
 
 
-def test_features_whose_number_is_data_are_not_given():
-  one = OneProgram(NETS["tiny"])
+@pytest.mark.parametrize("name", ["tiny", "mobile"])
+def test_features_whose_number_is_data_are_not_given(name):
+  net = NETS[name]
+  one = OneProgram(net)
   outputs = lambda runnable: jax.eval_shape(lambda v, x: runnable.module.apply(
-    {**runnable.cut(v), "choice": runnable.choice}, x), {"params": NETS["tiny"].shapes["params"]}, *INPUT)
-  branch = one._branch({}, jax.tree.map(jnp.asarray, one.only(NETS["tiny"].space.largest).choice))
+    {**runnable.cut(v), "choice": runnable.choice}, x), {"params": net.shapes["params"]}, *INPUT)
+  branch = one._branch({}, jax.tree.map(jnp.asarray, one.only(net.space.largest).choice))
   assert set(outputs(branch)) == {"logits"}
-  assert set(outputs(one.only(NETS["tiny"].space.smallest))) == {"logits", "features"}
+  assert set(outputs(one.only(net.space.smallest))) == {"logits", "features"}
   distil = objective("classification", space="features")
   with pytest.raises(ValueError, match="number is data to one program; .*space=logits, or .*execution=slice"):
     distil.loss({}, {}, {"logits": jnp.zeros((4, 3))}, Targets({"label": LABELS}, {}), 0, None)
