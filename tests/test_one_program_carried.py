@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as jex
 
 from nestnet import Space, build, cost, evaluation, predict, runs
 from nestnet.axes import axes, statistics_axes
 from nestnet.evaluators.classification import _scores
 from nestnet.execution import Supernet
+from nestnet.models.mobilenet import MobileNet
 from nestnet.models.small_resnet import SmallResNet
 from nestnet.models.stack import single, stack
 from nestnet.objectives import objective
@@ -34,16 +36,32 @@ from tests.test_one_program_conv import (IMAGES, INPUT, INPUTS, LABELS, WIDE, cl
 TINY = SmallResNet(3, layers_1=2, widths=(16,), strides=(1,), stem=16)
 TWO = SmallResNet(3, layers_1=1, layers_2=3, widths=(16, 16), strides=(1, 2), stem=32)
 HALVES = (50, 100)
+# A block before the stages, residual in the members where it writes as many as the stem; so is the first
+# block of the stage.
+FIXED = dict(layers_1=2, expand_1=3, kernel_1=3, embed_0=16, embed_1=16, head_0=16, features=16,
+             widths=(16, 16), head=(16, 16), strides=(1, 1), squeeze=(True, True),
+             activations=("relu", "h_swish"))
+# As BigNAS has it: a stage without expansion before the others, and projected shortcuts.
+BIG = dict(layers_0=2, layers_1=2, expand_1=3, kernel_0=1, kernel_1=3, embed_0=16, embed_1=16, features=16,
+           widths=(16, 16), head=(16,), strides=(1, 2), squeeze=(False, True), activations=("swish", "swish"),
+           shortcuts=True, zero_gamma=True)
+EIGHTS = {axis: (8, 16) for axis in ("stem", "embed_0", "embed_1", "features")}
+FREE = Space(**EIGHTS, head_0=(8, 16), layers_1=(1, 2), expand_1=(1, 3), per_layer=("expand_1",))
 NETS = {
   "tiny": Supernet(TINY, Space(layers_0=(1, 2), layers_1=(1, 2), width_0=HALVES, width_1=HALVES), INPUT),
   "two stages": Supernet(TWO, Space(
     layers_0=(1, 2), layers_2=(1, 2, 3), width_stem=HALVES, width_0=HALVES, width_1=HALVES, width_2=HALVES,
-    expand_2=HALVES, per_layer=("expand_2",)), INPUT)}
+    expand_2=HALVES, per_layer=("expand_2",)), INPUT),
+  "mobile": Supernet(MobileNet(3, **FIXED), FREE, INPUT),
+  "bignas": Supernet(MobileNet(3, **BIG), Space(
+    **EIGHTS, layers_0=(1, 2), layers_1=(1, 2), kernel_1=(1, 3)), INPUT)}
 MEMBERS = {
   "tiny": ("layers_0=1,width_0=50,layers_1=2,width_1=50",),
   "two stages": ("layers_0=1,width_0=50,width_2=50,expand_2=100:50:50", "",
-                 "width_stem=50,layers_2=0+2,width_1=50,expand_2=50:100")}
-SLOW = pytest.param("two stages", marks=pytest.mark.slow)
+                 "width_stem=50,layers_2=0+2,width_1=50,expand_2=50:100"),
+  "mobile": ("embed_0=8,embed_1=8,expand_1=3:1,features=8", "stem=8,embed_0=8,layers_1=1,head_0=8"),
+  "bignas": ("stem=8,embed_1=8,layers_0=1,features=8", "embed_0=8,kernel_1=1")}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("two stages", "mobile", "bignas")]
 
 
 class Block(nn.Module):
@@ -153,13 +171,15 @@ def wide():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_as_data_equals_the_slice(name, wide):
-  """Loss, logits, gradient, exactly zero outside of the slice, and moments; logits under given statistics."""
+  """Loss, logits, gradient, exactly zero outside of the slice, and moments; logits under given statistics,
+  which are those of the extracted network too."""
   net, one, variables = family(name)
   names = statistics_axes(net.axes["params"], variables["batch_stats"])
   for subnet in map(net.space.subnet, MEMBERS[name]):
     loss, logits, grads, moments, own = jax.jit(functools.partial(outcome, net.runnable(subnet)))(variables)
     found_loss, found_logits, found_grads, found, found_own = as_data(name)(one.vector(subnet), variables)
     assert np.ptp(logits) > 1e-2
+    close(own, jax.jit(lambda v: net.module(subnet).apply(v, INPUTS)["logits"])(net.cut(variables, subnet)))
     close((found_loss, found_logits, found_grads, found_own), (loss, logits, grads, own))
     own_weights = used(lambda p: net.cut({"params": p}, subnet)["params"], variables["params"])
     for grad, mark in zip(*map(jax.tree.leaves, (found_grads, own_weights))):
@@ -168,7 +188,7 @@ def test_as_data_equals_the_slice(name, wide):
   assert as_data(name)._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", ["tiny", SLOW])
+@pytest.mark.parametrize("name", ["tiny", *SLOW])
 def test_what_a_vector_uses_is_what_the_slice_uses(name):
   net = NETS[name]
   one = OneProgram(net)
@@ -179,9 +199,10 @@ def test_what_a_vector_uses_is_what_the_slice_uses(name):
 
 
 @pytest.mark.slow
-def test_a_member_alone_is_cut_layer_by_layer(wide):
-  net, one, variables = family("two stages")
-  subnet = net.space.subnet(MEMBERS["two stages"][0])
+@pytest.mark.parametrize("name", ["two stages", "bignas"])
+def test_a_member_alone_is_cut_layer_by_layer(name, wide):
+  net, one, variables = family(name)
+  subnet = net.space.subnet(MEMBERS[name][0])
   close(jax.jit(functools.partial(evaluated, one.only(subnet)))(variables),
         jax.jit(functools.partial(evaluated, net.runnable(subnet)))(variables))
 
@@ -194,6 +215,27 @@ def test_each_place_has_branches_for_its_own_axes_alone():
   assert one.worth == (4 + 4 + 4 + 8 + 4 + 2) / 6
   members = [net.space.sample((3, i)) for i in range(50)]
   assert len({tuple(one.vector(m)) for m in members}) == len(set(members)) > 40
+
+
+def test_blocks_of_a_mobile_network_have_branches_for_what_they_read_and_write_alone():
+  net = NETS["mobile"]
+  one = OneProgram(net)
+  assert one.widths == [{}] and one.inner == ("expand_1",) and set(one.carried) == {*EIGHTS, "head_0"}
+  run = lambda runnable, v: runnable.module.apply({**runnable.cut(v), "choice": runnable.choice}, IMAGES)
+  jaxpr = jax.make_jaxpr(lambda vector, v: one.switch(run, vector, v))(
+    one.vector(net.space.largest), {"params": net.shapes["params"]})
+  # The stem, the block before the stage, its first and, absent too, the one behind; the head, the classifier.
+  assert branches(jaxpr.jaxpr) == 2 + 4 + 8 + (1 + 4) + 4 + 4 + 2
+
+
+def branches(jaxpr):
+  """Of all switches, but those over platforms."""
+  found = 0
+  for equation in jaxpr.eqns:
+    of_sizes = equation.primitive.name == "cond" and not equation.params.get("branches_platforms")
+    found += len(equation.params["branches"]) if of_sizes else sum(
+      map(branches, jex.jaxprs_in_params(equation.params)))
+  return found
 
 
 def test_few_combinations_are_left_outside():
@@ -227,35 +269,42 @@ def test_a_model_that_counts_with_its_sizes_is_told():
     OneProgram(Supernet(Even(3, 4, 6, 4), PLAIN.space, PLAIN.inputs)).check()
 
 
-def test_each_member_costs_its_own_flops():
-  net = NETS["two stages"]
+@pytest.mark.parametrize("name, texts", [
+  ("two stages", ("layers_0=1,width_0=50,width_2=50", "width_stem=50,layers_2=0+2,width_1=50,expand_2=50")),
+  ("mobile", ("stem=8,layers_1=1,embed_1=8,head_0=8", "embed_0=8,expand_1=1,features=8")),
+  pytest.param("bignas", MEMBERS["bignas"], marks=pytest.mark.slow)], ids=["two stages", "mobile", "bignas"])
+def test_each_member_costs_its_own_flops(name, texts):
+  net = NETS[name]
   one = OneProgram(net)
   params = {"params": net.shapes["params"]}
-  for text in ("layers_0=1,width_0=50,width_2=50", "width_stem=50,layers_2=0+2,width_1=50,expand_2=50"):
-    subnet = net.space.subnet(text)
+  for subnet in map(net.space.subnet, texts):
     runnable = one.only(subnet)
     run = lambda v, x: runnable.module.apply({**runnable.cut(v), "choice": runnable.choice}, x)
     assert cost.count_flops(run, params, *net.inputs) == cost.flops(net.module(subnet), *net.inputs)
 
 
-def test_features_whose_number_is_data_are_not_given():
-  one = OneProgram(NETS["tiny"])
+@pytest.mark.parametrize("name", ["tiny", "mobile"])
+def test_features_whose_number_is_data_are_not_given(name):
+  net = NETS[name]
+  one = OneProgram(net)
   outputs = lambda runnable: jax.eval_shape(lambda v, x: runnable.module.apply(
-    {**runnable.cut(v), "choice": runnable.choice}, x), {"params": NETS["tiny"].shapes["params"]}, *INPUT)
-  branch = one._branch({}, jax.tree.map(jnp.asarray, one.only(NETS["tiny"].space.largest).choice))
+    {**runnable.cut(v), "choice": runnable.choice}, x), {"params": net.shapes["params"]}, *INPUT)
+  branch = one._branch({}, jax.tree.map(jnp.asarray, one.only(net.space.largest).choice))
   assert set(outputs(branch)) == {"logits"}
-  assert set(outputs(one.only(NETS["tiny"].space.smallest))) == {"logits", "features"}
+  assert set(outputs(one.only(net.space.smallest))) == {"logits", "features"}
   distil = objective("classification", space="features")
   with pytest.raises(ValueError, match="number is data to one program; .*space=logits, or .*execution=slice"):
     distil.loss({}, {}, {"logits": jnp.zeros((4, 3))}, Targets({"label": LABELS}, {}), 0, None)
 
 
 @pytest.mark.slow
-def test_many_members_have_the_rows_of_each_alone():
+@pytest.mark.parametrize("name, model", [
+  ("two stages", {"name": "SmallResNet", "layers_1": 1, "layers_2": 3, "widths": (16, 16), "strides": (1, 2),
+                  "stem": 32}),
+  ("bignas", {"name": "MobileNet", **BIG, "zero_gamma": False})], ids=["two stages", "bignas"])
+def test_many_members_have_the_rows_of_each_alone(name, model):
   """Calibrated and evaluated by one program; the rows are those of members on their own."""
-  space = NETS["two stages"].space.to_json()
-  run = built({"name": "SmallResNet", "layers_1": 1, "layers_2": 3, "widths": (16, 16), "strides": (1, 2),
-               "stem": 32}, space)
+  run = built(model, NETS[name].space.to_json())
   state, family = run.step.init(), run.supernet.space
   members = [family.smallest, *predict.drawn(family, 8)][:9]
   rows = evaluation.evaluate(run, state, members)

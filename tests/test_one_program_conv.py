@@ -234,12 +234,17 @@ def resnet():
 
 
 def test_too_many_combinations_run_as_slices():
-  """The head of a MobileNet is in no stack."""
+  space = Space(layers_2=(2, 3), resolution=tuple(range(8, 41)))
+  net = Supernet(CENTRE, space, (jax.ShapeDtypeStruct((4, 40, 40, 1), jnp.float32),))
+  assert make(net, sampler("sorted_nested", net.space, 0)).one is None
+  with pytest.raises(ValueError, match="combination of resolution, here 33, of at most 32.*execution=slice"):
+    make(net, sampler("sorted_nested", net.space, 0), "one_program")
+
+
+def test_many_widths_of_the_head_are_data():
   space = Space(layers_2=(2, 3), features=tuple(range(8, 272, 8)))
   net = Supernet(CENTRE.clone(head=(264,), features=264), space, INPUT)
-  assert make(net, sampler("sorted_nested", net.space, 0)).one is None
-  with pytest.raises(ValueError, match="combination of features, here 33, of at most 32.*execution=slice"):
-    make(net, sampler("sorted_nested", net.space, 0), "one_program")
+  assert make(net, sampler("sorted_nested", net.space, 0)).one.carried == ("features",)
 
 
 def test_what_stands_outside_of_the_layers_is_chosen_once():

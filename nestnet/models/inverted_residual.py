@@ -48,12 +48,14 @@ class InvertedResidual(Normed):
   zero_gamma: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, constants: Mapping[str, jax.Array], *, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, constants: Mapping[str, jax.Array] | None = None, *, train: bool
+               ) -> jax.Array:
     """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, width]`.
 
     Args:
       x: What it reads.
-      constants: Of this layer: `drop_path`, the rate of dropping the residual branch, where one is.
+      constants: Of this layer: `drop_path`, the rate of dropping the residual branch, where one is. None:
+        it is no layer of a stack.
       train: As in `MobileNet`.
     """
     y, s, writes = x, self.stage, f"embed_{self.stage}"

@@ -19,9 +19,9 @@ from nestnet.errors import UserError, one_of
 from nestnet.models.convolution import ConvNorm, Convolution, activation, check_norm, divisible
 from nestnet.models.inverted_residual import InvertedResidual, squeezed
 from nestnet.models.layers import Linear
-from nestnet.models.stack import stack
+from nestnet.models.stack import single, stack
 from nestnet.space import Space
-from nestnet.subnet import Size, Subnet, derived, kept_ids
+from nestnet.subnet import Size, Subnet, derived, is_data, kept_ids
 
 STAGES = 6
 
@@ -165,41 +165,57 @@ class MobileNet(nn.Module):
   @property
   def tied(self) -> tuple[tuple[str, ...], ...]:
     """Axes whose units are the same: those of stages that a residual connection joins."""
-    widths = [divisible(self.stem * self.width), *(self.channels(s) for s in (0, *self.stages))]
     spaces = [["stem"]]
-    for stage, (reads, writes) in enumerate(zip(widths, widths[1:])):
-      if self.strides[stage] != 1 or reads != writes:
+    for stage, stride in enumerate(self.strides):
+      if stride != 1 or self.reads(stage) != self.channels(stage):
         spaces.append([])
       spaces[-1].append(f"embed_{stage}")
     return tuple(tuple(space) for space in spaces if len(space) > 1)
 
+  @property
+  def carried(self) -> list[str]:
+    """The axes that `stack` and `single` may be told of as data."""
+    return ["stem", *(f"embed_{s}" for s in range(len(self.widths))),
+            *(name for name in self.heads() if name in ("head_0", "features"))]
+
+  @property
+  def singles(self) -> tuple[str, ...]:
+    """What stands outside of the stacks of blocks."""
+    return "stem", "fixed", *(f"head_{i}" for i in range(len(self.head))), "classifier"
+
+  def reads(self, stage: int) -> int:
+    """The width that the first block of a stage reads; of the fixed block, or of stage 0, the stem's."""
+    return self.channels(stage - 1) if stage else self._rounded(self.stem)
+
   def channels(self, stage: int) -> int:
     """The width of a stage; 0 is the fixed block."""
     chosen = getattr(self, f"embed_{stage}")
-    return divisible((self.widths[stage] if chosen is None else chosen) * self.width)
+    return self._rounded(self.widths[stage] if chosen is None else chosen)
 
   def heads(self) -> dict[str, int]:
     """The channels behind the stages, by the names of their axes."""
     names = [*(f"head_{i}" for i in range(len(self.head) - 1)), "features"]
     chosen = {"head_0": self.head_0, "features": self.features}
-    return {name: divisible((full if chosen.get(name) is None else chosen[name]) * self.width)
+    return {name: self._rounded(full if chosen.get(name) is None else chosen[name])
             for name, full in zip(names, self.head)}
+
+  def _rounded(self, width: int) -> int:
+    return derived(width, lambda width: divisible(width * self.width))
 
   def choices(self) -> list[str]:
     """The axes along which it nests."""
-    kinds = ("layers", "expand", "kernel")
+    kinds, (stem, *widths) = ("layers", "expand", "kernel"), self.carried
     blocks = [f"{kind}_{s}" for kind in kinds for s in self.stages if s or kind != "expand"]
-    return ["stem", *blocks, *(f"embed_{s}" for s in range(len(self.widths))),
-            *(name for name in self.heads() if name in ("head_0", "features"))]
+    return [stem, *blocks, *widths]
 
   def hidden(self, stage: int) -> tuple[int, ...]:
     """The hidden channels of each block of a stage with expansion."""
     layers, expand = getattr(self, f"layers_{stage}"), getattr(self, f"expand_{stage}")
     expand = expand if isinstance(expand, tuple) else (expand,) * layers
-    reads = [self.channels(stage - 1)] + [self.channels(stage)] * (layers - 1)
+    reads = [self.reads(stage)] + [self.channels(stage)] * (layers - 1)
     if len(expand) != layers:
       raise UserError(f"expand_{stage}={expand} lists {len(expand)} blocks for layers_{stage}={layers}")
-    return tuple(derived(e, lambda e, n=n: divisible(round(n * e))) for n, e in zip(reads, expand))
+    return tuple(derived(e, lambda e, n: divisible(round(n * e)), n) for n, e in zip(reads, expand))
 
   def member(self, subnet: Subnet) -> MobileNet:
     """The ordinary network of a sub-network; its kernels are its own, so nothing transforms them."""
@@ -220,7 +236,9 @@ class MobileNet(nn.Module):
       if axis not in self.choices():
         raise one_of(f"axis of {type(self).__name__}", axis, self.choices())
     small = self.member(subnet)
-    sizes: dict[str, Any] = {"stem": divisible(small.stem * self.width), "embed_0": small.channels(0)}
+    sizes: dict[str, Any] = {"stem": small.reads(0), "embed_0": small.channels(0)}
+    if self.layers_0 is None and self.squeeze[0]:
+      sizes["squeeze_0"] = squeezed(sizes["stem"])
     for stage in self.stages:
       depth = f"layers_{stage}"
       ids = kept_ids(subnet.chosen.get(depth, getattr(self, depth)))
@@ -256,42 +274,53 @@ class MobileNet(nn.Module):
 
     Returns:
       `logits` `[batch, classes]`, `features` `[batch, head[-1]]`, and with `taps` the blocks' outputs, for
-      each stage `[layers, batch, rows, columns, channels]`.
+      each stage `[layers, batch, rows, columns, channels]`. In one program whose data says how many channels
+      there are, taps have zeros behind them and no features are given.
     """
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     normed = dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **typed)
-    x = ConvNorm("channels", "stem", divisible(self.stem * self.width), 3, self.stem_stride,
-                 self.stem_activation, name="stem", **normed)(images, train)
+    first = functools.partial(ConvNorm, "channels", "stem", kernel=3, stride=self.stem_stride,
+                              act=self.stem_activation, **normed)
+    x = single(first, images, name="stem", sizes={"features": self.reads(0)}, writes=self.reads(0),
+               train=train)
     options = dict(shortcut=self.shortcuts, zero_gamma=self.zero_gamma, **normed)
     if self.layers_0 is None:
-      x = InvertedResidual(0, "stem", self.channels(0), stride=self.strides[0], squeeze=self.squeeze[0],
-                           act=self.activations[0], name="fixed", **options)(x, {}, train=train)
+      fixed = functools.partial(InvertedResidual, 0, "stem", stride=self.strides[0], squeeze=self.squeeze[0],
+                                act=self.activations[0], **options)
+      x = single(fixed, x, name="fixed", sizes={"width": self.channels(0)}, reads=self.reads(0),
+                 writes=self.channels(0), train=train)
     outputs = []
     for s in self.stages:
       block = functools.partial(
-        InvertedResidual, s, width=self.channels(s), squeeze=self.squeeze[s], act=self.activations[s],
-        choice=f"kernel_{s}", transforms=self.transforms, **options)
-      sizes = ({"hidden": self.hidden(s)} if s else {}) | {"kernel": getattr(self, f"kernel_{s}")}
+        InvertedResidual, s, squeeze=self.squeeze[s], act=self.activations[s], choice=f"kernel_{s}",
+        transforms=self.transforms, **options)
+      sizes = ({"hidden": self.hidden(s)} if s else {}) | {
+        "width": self.channels(s), "kernel": getattr(self, f"kernel_{s}")}
       rates = self.rates(s)
       x, tap = stack(
         functools.partial(block, reads=f"embed_{s}", shortcut=False), x, layers=getattr(self, f"layers_{s}"),
         lead=functools.partial(block, reads=f"embed_{s - 1}" if s else "stem", stride=self.strides[s]),
         sizes=sizes, name=f"stage_{s}", depth=f"layers_{s}",
         constants={"drop_path": rates} if rates else None, remat=self.remat, taps=taps,
-        unroll=self.unroll, train=train)
+        unroll=self.unroll, reads=self.reads(s), writes=self.channels(s), train=train)
       outputs.append(tap)
 
-    reads = f"embed_{self.stages[-1]}"
-    (name, size), *projections = self.heads().items()
-    x = ConvNorm(reads, name, size, act=self.head_activation, name="head_0", **normed)(x, train)
+    last, ((name, width), *projections) = self.stages[-1], self.heads().items()
+    head = functools.partial(ConvNorm, f"embed_{last}", name, act=self.head_activation, **normed)
+    x = single(head, x, name="head_0", sizes={"features": width}, reads=self.channels(last), writes=width,
+               train=train)
     x = x.mean((1, 2), keepdims=True)
     for i, (writes, size) in enumerate(projections, 1):
-      x = Convolution(name, writes, size, name=f"head_{i}", **typed)(x)
-      x, name = activation(self.head_activation)(x), writes
-    result = {"features": x[:, 0, 0]}
+      projection = functools.partial(Convolution, name, writes, **typed)
+      x = single(projection, x, name=f"head_{i}", sizes={"features": size}, reads=width, writes=size)
+      x, name, width = activation(self.head_activation)(x), writes, size
+    features = x[:, 0, 0]
+    # Where data says how many there are, zeros behind them would pass for features.
+    result = {} if is_data(width) else {"features": features}
     if self.classes:
-      features = nn.Dropout(self.dropout, deterministic=not train)(result["features"])
-      result["logits"] = Linear("features -> classes", (self.classes,), name="classifier", **typed)(features)
+      features = nn.Dropout(self.dropout, deterministic=not train)(features)
+      classifier = functools.partial(Linear, "features -> classes", (self.classes,), **typed)
+      result["logits"] = single(classifier, features, name="classifier", sizes={}, reads=width)
     return result | ({"taps": tuple(outputs)} if taps else {})
 
 

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from nestnet import Space, Subnet, cli
+from nestnet import Space, Subnet, cli, recipes
 from nestnet.cost import count_flops
 from nestnet.execution import Supernet
 from nestnet.models import architecture, big_nas, mobilenet, mobilenet_v3, proxyless_nas
@@ -23,6 +23,7 @@ from nestnet.models.mobilenet_v3 import MobileNetV3
 from nestnet.models.proxyless_nas import ProxylessNAS
 from nestnet.models.resnet50d import Bottleneck, ResNet50D
 from nestnet.models.small_mobilenet import SmallMobileNet
+from nestnet.one_program import OneProgram
 
 ROOT = pathlib.Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -70,6 +71,19 @@ def test_slice_in_place_equals_the_extracted_network_bit_for_bit(net, text):
   jax.tree.map(np.testing.assert_array_equal, in_place, alone)
 
 
+def test_squeeze_excite_of_the_block_before_the_stages_follows_the_stem():
+  model = MobileNet(3, layers_1=1, expand_1=1, kernel_1=3, stem=48, widths=(8, 8), head=(8,), strides=(1, 2),
+                    squeeze=(True, False), activations=("relu", "relu"))
+  # The smallest is checked to be a slice.
+  net = Supernet(model, Space(stem=(16, 48)), (INPUT,))
+  assert net.cut(net.shapes, Subnet(stem=16))["params"]["fixed"]["squeeze"]["reduce"]["bias"].shape == (8,)
+
+
+@pytest.mark.parametrize("model", [MobileNetV3(10), AttentiveNAS(10)], ids=["fixed block", "stage"])
+def test_units_of_the_stem_are_those_of_the_block_behind_it(model):
+  assert model.tied == (("stem", "embed_0"),)
+
+
 # Spaces.
 
 
@@ -104,7 +118,10 @@ def test_published_spaces_go_with_their_networks(name, choices):
   assert [64 // t.shape[2] for t in outputs["taps"]] == [2, 4, 8, 16, 16, 32, 32]
   assert [t.shape[-1] for t in outputs["taps"]] == [model.channels(s) for s in range(7)]
   # That the smallest and the largest are slices is checked where a supernet is made.
-  Supernet(model, mobilenet.space(model, **choices), (image,))
+  one = OneProgram(Supernet(model, mobilenet.space(model, **choices), (image,)))
+  # Each width is data to the blocks that read or write it, which have fewer than twenty branches each.
+  assert one.possible and len(one.widths) == 1 and one.worth < 20
+  assert one.carried == tuple(axis for axis in model.carried if axis in one.supernet.space.axes)
 
 
 def test_a_config_may_hold_a_space():
@@ -181,15 +198,33 @@ def test_drop_path_leaves_the_residual_stream():
 def test_the_configs_of_a_paper_regularise_as_it_does():
   """Drop path in all stages in BigNAS, in the last two in AttentiveNAS and AlphaNet; none in OFA."""
   def rates(method):
-    config = cli.load_config(f"{ROOT / 'configs' / 'imagenet_ofa_mbv3.py'}:{method}")
-    fields = config.model.to_dict() | {"dtype": jnp.bfloat16}
-    model = architecture(fields.pop("name"))(10, **fields)
+    config, model = published(method)
     regularised = config.recipe.sampler.to_dict().get("regularise")
     return model.dropout, [bool(model.rates(s)) for s in model.stages], model.zero_gamma, regularised
   assert rates("ofa") == (0.1, [False] * 5, False, None)
-  assert rates("bignas") == (0.2, [True] * 5, True, "largest")
+  assert rates("bignas") == (0.2, [True] * 7, True, "largest")
   for method in ("attentive_nas", "attentive_nas_worst_up", "alphanet"):
-    assert rates(method) == (0.2, [False] * 3 + [True] * 2, True, "largest")
+    assert rates(method) == (0.2, [False] * 5 + [True] * 2, True, "largest")
+
+
+def published(method):
+  """The config of a method on ImageNet, and its network."""
+  config = cli.load_config(f"{ROOT / 'configs' / 'imagenet_ofa_mbv3.py'}:{method}")
+  fields = config.model.to_dict() | {"dtype": jnp.bfloat16}
+  return config, architecture(fields.pop("name"))(10, **fields)
+
+
+@pytest.mark.parametrize("method", recipes.RECIPES)
+def test_every_method_has_the_space_of_its_network(method):
+  config, model = published(method)
+  space = Space(**config.space.to_dict())
+  largest = dict(space.largest)
+  assert largest.pop("resolution", 224) == config.data.shape[0]
+  assert all(getattr(model, axis) == size for axis, size in largest.items())
+  own = {"bignas": 32_640, "attentive_nas": 1536, "attentive_nas_worst_up": 1536, "alphanet": 1536}
+  widths = space.combinations([axis for axis in model.carried if axis in space.axes])
+  assert len(widths) == own.get(method, 1)
+  assert len(space.combinations(["resolution"])) == (4 if method in own else 1)
 
 
 # Norms.
