@@ -147,12 +147,14 @@ def _percent(result: report.Result) -> tuple[float, float]:
 
 
 def _limits(grids: Iterable[report.Grid]) -> tuple[float, float]:
-  """The lowest and highest percent to show: all that the better half of the recipes reach."""
-  rows = [[mean for mean, _ in grid.row(size, _percent).values()]
-          for grid in grids for size in grid.sizes]
-  highest, lowest = max(map(max, rows)), min(map(statistics.median_high, rows))
+  """The lowest and highest percent to show: all that the better half of the recipes reach, and the upper
+  ends of their bars unless these would make the lines small."""
+  rows = [list(grid.row(size, _percent).values()) for grid in grids for size in grid.sizes]
+  highest = max(mean for row in rows for mean, _ in row)
+  lowest = min(statistics.median_high(mean for mean, _ in row) for row in rows)
   spread = max(highest - lowest, 2)
-  return lowest - 0.5 * spread, min(highest + 0.2 * spread, 100 + 0.03 * spread)
+  ends = [mean + half for row in rows for mean, half in row if half < spread]
+  return lowest - 0.5 * spread, min(max([highest, *ends]) + 0.2 * spread, 100 + 0.03 * spread)
 
 
 def _dodges(costs: Sequence[int], count: int) -> list[float]:

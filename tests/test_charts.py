@@ -123,6 +123,14 @@ def test_one_collapsed_recipe_does_not_flatten_the_others():
   assert low < 90
 
 
+def test_bars_end_inside_the_panel():
+  result = lambda *accuracies: report.Result("a", "equal steps", "layers=1", 10, 20, accuracies, 1e9, 100)
+  ends = lambda *accuracies: charts._limits(report.by_budget([result(*accuracies)]).values())[1]
+  assert ends(0.90) == pytest.approx(90.4) and ends(0.896, 0.900, 0.904) > 90 + 0.99
+  # Two runs that differ much would make the lines small.
+  assert ends(0.8, 0.9) < 90
+
+
 @pytest.mark.parametrize("costs", [[100, 130, 900], [100]])
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_dodged_bars_stand_apart_around_their_size(costs, count):

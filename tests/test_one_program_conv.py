@@ -233,10 +233,11 @@ def resnet():
   return Supernet(model, resnet50d.space(model, (1, 0)), (jax.ShapeDtypeStruct((2, 16, 16, 1), jnp.float32),))
 
 
-def test_too_many_combinations_run_as_slices():
+def test_too_many_combinations_run_as_slices(caplog):
   space = Space(layers_2=(2, 3), resolution=tuple(range(8, 41)))
   net = Supernet(CENTRE, space, (jax.ShapeDtypeStruct((4, 40, 40, 1), jnp.float32),))
   assert make(net, sampler("sorted_nested", net.space, 0)).one is None
+  assert "(33 combinations of resolution): each new one that is drawn is compiled" in caplog.text
   with pytest.raises(ValueError, match="combination of resolution, here 33, of at most 32.*execution=slice"):
     make(net, sampler("sorted_nested", net.space, 0), "one_program")
 
