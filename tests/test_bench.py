@@ -53,6 +53,7 @@ def test_a_config_of_another_objective_is_measured_by_labels():
   assert bed.run.config["recipe"]["objective"]["name"] == "classification"
 
 
+@pytest.mark.slow
 def test_the_batch_is_doubled_until_steps_are_long_enough(monkeypatch):
   times = iter((20.0, 45.0, 55.0))
   monkeypatch.setattr(bench_bed, "median_ms", lambda call: next(times))

@@ -93,7 +93,7 @@ def test_small_networks_warm_up_over_fifty_steps(name, method):
   """Of 2,000, whatever the phases; and over fewer in a run so short that each phase has one step."""
   made = build.plain(cli.load_config(f"{ROOT / 'configs' / name}.py:{method}"))
   (_, first, _), *_ = build._stretches(made.get("phases") or [{}], build.phase_steps(made))
-  rate = build._rate(made["optim"], first)
-  assert float(rate(49)) < float(rate(50)) == pytest.approx(made["optim"]["learning_rate"]) and float(rate(51)) < float(rate(50))
+  rate, peak = build._rate(made["optim"], first), made["optim"]["learning_rate"]
+  assert float(rate(49)) < float(rate(50)) == pytest.approx(peak) and float(rate(51)) < float(rate(50))
   for phase in made.get("phases") or [{}]:
     assert float(build._rate(made["optim"] | phase.get("optim", {}), 1)(0)) > 0

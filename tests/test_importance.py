@@ -107,6 +107,7 @@ def test_scores_are_sums_over_what_reads_a_unit():
   close(scores(names, tree, "embed_2"), [sum(np.abs(k).sum(1) for k in kernels)])
 
 
+@pytest.mark.slow
 def test_activations_are_those_that_kernels_see():
   step = make("vit")
   state = step.init()
