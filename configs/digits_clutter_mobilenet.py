@@ -15,7 +15,9 @@ from nestnet import recipes
 
 STAGES = (1, 2, 3)
 CHOICES = dict(layers=(1, 2, 3), expand=(2, 3, 4), kernel=(3, 5))
-# Peak rates, by validation accuracy among 0.1, 0.4 and 1 (for ofa 2.5 too) at 1,500 steps, seed 0.
+# Peak rates that differ from 0.4, by mean validation accuracy of the pool among 0.1, 0.4 and 1: seed 0 of
+# `experiments.compare --seeds=1 '--budgets=equal FLOPs' --override=train.steps=1500
+# --override=optim.learning_rate=R` for separate, ofa, bignas, deps and rss. Others have not been tried.
 RATES = {"separate": 1.0, "ofa": 1.0}
 # Warm-up of 50 steps in 2,000: as a share of the first phase, where it has an optimizer of its own.
 WARMUP = {"ofa": 0.084, "compofa": 0.046}

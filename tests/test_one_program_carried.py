@@ -24,14 +24,14 @@ from nestnet.objectives import objective
 from nestnet.objectives.base import Targets
 from nestnet.one_program import OneProgram
 from nestnet.optim import optimizer, schedule
-from nestnet.sampling import on_shards, sampler
+from nestnet.sampling import sampler
 from nestnet.sharding import make_mesh, put_batch
 from nestnet.slicing import scatter, used
 from nestnet.steps import Recipe, Step
 from tests.test_evaluation import built
-from tests.test_one_program import capture, own_loss_and_gradient
-from tests.test_one_program_conv import (IMAGES, INPUT, INPUTS, LABELS, WIDE, close, evaluated, make, outcome,
-                                         variables_of)
+from tests.test_one_program import capture
+from tests.test_one_program_conv import (IMAGES, INPUT, INPUTS, LABELS, WIDE, check_shards, close, evaluated,
+                                         make, outcome, variables_of)
 
 TINY = SmallResNet(3, layers_1=2, widths=(16,), strides=(1,), stem=16)
 TWO = SmallResNet(3, layers_1=1, layers_2=3, widths=(16, 16), strides=(1, 2), stem=32)
@@ -399,18 +399,4 @@ def test_a_mesh_has_the_gradient_of_one_device(mesh):
 
 @pytest.mark.slow
 def test_data_shards_train_members_of_their_own():
-  shards, size, net = 2, 4, NETS["tiny"]
-  drawn = on_shards([sampler("sorted_nested", net.space, k, n=1) for k in range(shards)])
-  step = make(net, drawn, devices=shards, tx=capture)
-  batch = {"image": IMAGES, "label": LABELS}
-  state = step.init()
-  start = jax.tree.map(np.asarray, state)
-  state, metrics = step(state, put_batch(batch, step.mesh), 0)
-  expected, total = jax.tree.map(jnp.zeros_like, start.trained["model"]), 0.0
-  for k, subnet in enumerate(drawn.terms(0)[0].candidates[0]):
-    share = {name: value[k * size // shards:(k + 1) * size // shards] for name, value in batch.items()}
-    loss, grads = jax.jit(functools.partial(own_loss_and_gradient, step, start, subnet))(share)
-    total += loss / shards
-    expected = jax.tree.map(lambda e, g: e + g / shards, expected, grads)
-  np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
-  close(jax.tree.map(np.asarray, state.opt_state["model"]), expected, 1e-4, 1e-6)
+  check_shards(NETS["tiny"])

@@ -196,8 +196,12 @@ def test_ten_thousand_members_compile_one_program(caplog):
 
 @pytest.mark.slow
 def test_data_shards_train_members_of_their_own_on_their_own_statistics():
+  check_shards(NETS["centre"])
+
+
+def check_shards(net):
+  """A step's loss and gradient are the means of those of each shard's member alone on its share."""
   shards, size = 2, 4
-  net = NETS["centre"]
   drawn = on_shards([sampler("sorted_nested", net.space, k, n=1) for k in range(shards)])
   step = make(net, drawn, devices=shards, tx=capture)
   batch = {"image": IMAGES, "label": LABELS}
