@@ -7,6 +7,7 @@ SwiGLU (2002.05202).
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.models.layers import Linear, grouped_attention, project, rms_norm
 from nestnet.models.rotary import frequencies, rotate, scaling
 from nestnet.models.stack import constant, stack
+from nestnet.space import Space
 from nestnet.subnet import Size, Subnet, derived, kept_ids
 
 AXES = ("layers", "embed", "heads", "kv_heads", "mlp")
@@ -120,6 +122,26 @@ class Decoder(nn.Module):
 
     return Subnet(layers=ids, embed=size("embed"), kv_heads=size("kv_heads"),
                   queries=_queries(size("heads"), size("kv_heads")), mlp=size("mlp"))
+
+  def check_space(self, space: Space) -> None:
+    """Raises `ValueError` where heads of a family are no equal parts of their groups, or too many in one."""
+    if space.groups.get("heads", 1) > 1:
+      raise UserError(f"space.groups.heads={space.groups['heads']}: heads stand in groups already; allowed "
+                      "are space.groups.kv_heads")
+    axes = [axis for axis in ("heads", "kv_heads") if axis in space.axes]
+    free = [axis for axis in axes if axis in space.per_layer]
+    full = max(heads // kv_heads for heads, kv_heads in _pairs(self.heads, self.kv_heads))
+    coupled = space.combinations([axis for axis in axes if axis not in free])
+    for row, own in itertools.product(coupled, itertools.product(*map(space.choices, free))):
+      row = {"heads": self.heads, "kv_heads": self.kv_heads, **row, **dict(zip(free, own))}
+      bad = next(((h, k) for h, k in _pairs(row["heads"], row["kv_heads"]) if h % k or h // k > full), None)
+      if not bad or (space.constraint and Subnet(**{**space.largest.chosen, **row}) not in space):
+        continue
+      heads, kv_heads = bad
+      why = "does not divide into these groups" if heads % kv_heads else (
+        f"has {heads // kv_heads} heads in a group, where the largest has {full}")
+      raise UserError(f"the space has heads={heads} beside kv_heads={kv_heads}, which {why}; allowed are "
+                      "sizes that go together, as with couple={'heads kv_heads': [[2, 1], [4, 2]]}")
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None, train: bool = False,
