@@ -20,6 +20,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.models.layers import Linear, grouped_attention, project, rms_norm
 from nestnet.models.rotary import frequencies, rotate, scaling
 from nestnet.models.stack import constant, stack
+from nestnet.models.switch import CHOICE
 from nestnet.space import Space
 from nestnet.subnet import Size, Subnet, derived, kept_ids
 
@@ -97,6 +98,10 @@ class Decoder(nn.Module):
     object.__setattr__(self, "rope_scaling", scaling(self.rope_scaling))
     super().__post_init__()
 
+  # Axes whose units have no other order, and why.
+  placed = {"head_dim": "rotary positions turn each of its units by an angle of its own",
+            "vocab": "tokens are its places"}
+
   def sizes(self, subnet: Subnet) -> Subnet:
     """How long the axes of the parameters are in a sub-network: `queries`, the heads of a group, follow.
 
@@ -146,7 +151,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None, train: bool = False,
-               taps: bool = False, exits: Sequence[int] = ()) -> dict[str, Any]:
+               taps: bool = False, exits: Sequence[int] | str = ()) -> dict[str, Any]:
     """Applies the network.
 
     With a collection `cache` (`init_cache`), keys and values are written to the slots of their row that
@@ -159,22 +164,21 @@ class Decoder(nn.Module):
         attends to.
       train: Whether layers are dropped; it uses the `dropout` rng.
       taps: Whether to return every block's output.
-      exits: Blocks, from 0, whose outputs the last norm and the head read too (SoFT, 2309.08968).
+      exits: Depths, those beyond its own left out, or `"all"`: what the networks of so many leading layers
+        would say is returned too, by the same last norm and head (SoFT, 2309.08968).
 
     Returns:
       `logits` `[batch, length, vocab]`, `features` `[batch, length, embed]` behind the last norm, with
-      `taps` the blocks' outputs `[layers, batch, length, embed]`, and with `exits` an entry of that name,
-      their logits `[exits, batch, length, vocab]`.
+      `taps` the blocks' outputs `[layers, batch, length, embed]`, and with `exits` a dict of that name, of
+      logits by depth.
 
     Raises:
-      ValueError: The sequence is longer than the context, or an exit is behind the last block.
+      ValueError: The sequence is longer than the context, or there are exits and data chooses the layers.
     """
     if tokens.shape[1] > self.context:
       raise UserError(f"Decoder: a sequence of {tokens.shape[1]} tokens; allowed are at most "
                       f"context={self.context}")
-    if not all(0 <= exit < self.layers for exit in exits):
-      raise UserError(f"Decoder: exits={tuple(exits)}; allowed are 0 to {self.layers - 1}")
-    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    typed, exits = dict(dtype=self.dtype, param_dtype=self.param_dtype), self._depths(exits)
     if positions is None:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     x, table = Embedding(self.vocab, self.embed, name="embedding", **typed)(tokens)
@@ -198,7 +202,23 @@ class Decoder(nn.Module):
     head = functools.partial(project, kernel=table.T, dtype=self.dtype) if self.tied else linear(name="head")
     features = norm(x)
     result = {"logits": head(features), "features": features} | ({"taps": outputs} if taps else {})
-    return result | ({"exits": head(norm(outputs[jnp.asarray(tuple(exits))]))} if exits else {})
+    if exits:
+      result["exits"] = {depth: result["logits"] if depth == self.layers else head(norm(outputs[depth - 1]))
+                         for depth in exits}
+    return result
+
+  def _depths(self, exits):
+    """The depths of exits that this network has."""
+    if isinstance(exits, str):
+      if exits != "all":
+        raise one_of("exits", exits, ("all",))
+      exits = range(1, self.layers + 1)
+    if any(not isinstance(depth, int) or depth < 1 for depth in exits):
+      raise UserError(f"Decoder: exits={list(exits)}; allowed are depths of at least 1, or all")
+    if exits and "layers" in self.variables.get(CHOICE, {}).get("blocks", {}):
+      raise UserError("exits are depths of one network, and here data chooses its layers; allowed: "
+                      "train.execution=slice")
+    return [depth for depth in exits if depth <= self.layers]
 
   def _rates(self):
     last = max(1, self.layers - 1)

@@ -53,7 +53,7 @@ def family(model=MODEL):
 def full():
   """All outputs of the largest network; one compilation serves many tests."""
   return jax.jit(lambda v, tokens, positions: MODEL.apply(
-    v, tokens, positions=positions, taps=True, exits=(0, 2)))
+    v, tokens, positions=positions, taps=True, exits=(1, 3, 7)))
 
 
 # What it computes.
@@ -111,14 +111,19 @@ def test_it_is_the_formula_of_the_papers():
 def test_outputs_taps_and_exits():
   _, variables = family()
   outputs = full()(variables, TOKENS, POSITIONS)
-  assert {name: x.shape for name, x in outputs.items()} == {
-    "logits": (4, 8, 11), "features": (4, 8, 16), "taps": (3, 4, 8, 16), "exits": (2, 4, 8, 11)}
-  np.testing.assert_allclose(outputs["exits"][1], outputs["logits"], rtol=1e-5, atol=1e-5)
+  assert jax.tree.map(jnp.shape, outputs) == {
+    "logits": (4, 8, 11), "features": (4, 8, 16), "taps": (3, 4, 8, 16),
+    "exits": {1: (4, 8, 11), 3: (4, 8, 11)}}
+  np.testing.assert_array_equal(outputs["exits"][3], outputs["logits"])
   first = {**variables["params"], "blocks": jax.tree.map(lambda x: x[:1], variables["params"]["blocks"])}
   wanted = by_hand(MODEL.clone(layers=1), first, TOKENS[0])
-  np.testing.assert_allclose(outputs["exits"][0, 0], wanted, rtol=1e-4, atol=1e-4)
-  with pytest.raises(ValueError, match=r"exits=\(3,\); allowed are 0 to 2"):
-    jax.eval_shape(lambda v: MODEL.apply(v, TOKENS, exits=(3,)), variables)
+  np.testing.assert_allclose(outputs["exits"][1][0], wanted, rtol=1e-4, atol=1e-4)
+  exits = lambda exits: jax.eval_shape(lambda v: MODEL.apply(v, TOKENS, exits=exits), variables)["exits"]
+  assert [*exits("all")] == [1, 2, 3]
+  with pytest.raises(ValueError, match=r"exits=\[0\]; allowed are depths of at least 1, or all"):
+    exits([0])
+  with pytest.raises(ValueError, match="unknown exits 'every'"):
+    exits("every")
 
 
 def test_a_later_token_changes_nothing_before_it():
