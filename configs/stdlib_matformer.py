@@ -8,7 +8,8 @@ held-out files. Widths that differ by layer, never trained, are evaluated afterw
     python -m experiments.evaluate --workdir=runs/stdlib_matformer --subnets='mlp=64:64:64:64:128:128:128:128'
 
 Another method trains with its name as the argument: `--config=configs/stdlib_matformer.py:matformer_joint`;
-or `sorted`, `sandwich`, `separate`, `truncate`.
+or `sorted`, `sandwich`, `separate`, `truncate`. With `soft` and `layerskip` the sizes are depths, and every
+second layer is an exit of one forward pass.
 """
 
 import ml_collections
@@ -24,9 +25,14 @@ def get_config(method: str = "matformer_sampled") -> ml_collections.ConfigDict:
   # 2.0 million parameters, 33 thousand of them in the embedding of 256 bytes.
   config.model = dict(name="Decoder", layers=LAYERS, embed=EMBED, heads=4, kv_heads=2, mlp=MLP, context=256)
   config.space = dict(mlp=(MLP // 8, MLP // 4, MLP // 2, MLP))
-  config.recipe = recipe(method) | {"objective": dict(
-    name="language_modelling", student_labels=0.0, distillation=1.0, temperature=1.0, divergence="forward",
-    delay=0, ramp=0)}
+  if method in ("soft", "layerskip"):
+    config.space = dict(layers=(LAYERS // 4, LAYERS // 2, LAYERS * 3 // 4, LAYERS))
+    config.recipe = recipe(method, depths=config.space["layers"])
+    config.model["layer_dropout"] = 0.1 * (method == "layerskip")
+  else:
+    config.recipe = recipe(method) | {"objective": dict(
+      name="language_modelling", student_labels=0.0, distillation=1.0, temperature=1.0, divergence="forward",
+      delay=0, ramp=0)}
   if method == "sandwich":
     # The text, and the teacher at half weight.
     config.recipe["objective"].update(student_labels=1.0, distillation=0.5)

@@ -13,14 +13,14 @@ __all__ = ["Objective", "Targets", "objective"]
 
 # The module of each.
 _BUILT_IN = {"classification": "classification", "alpha_divergence": "alpha_divergence",
-             "matryoshka": "matryoshka", "language_modelling": "language"}
+             "matryoshka": "matryoshka", "language_modelling": "language", "exits": "exits"}
 
 
 def objective(name: str, **options: Any) -> Objective:
   """The objective called `name` with its options; a user's own by import path.
 
   Args:
-    name: `"classification"`, `"alpha_divergence"`, `"matryoshka"`, `"language_modelling"`, or
+    name: `"classification"`, `"alpha_divergence"`, `"matryoshka"`, `"language_modelling"`, `"exits"`, or
       `package.module:function`.
     **options: Passed to the function that makes the `Objective`.
 
