@@ -116,7 +116,7 @@ def scores(axes: Any, weights: Any, axis: str, by: str = "l1", layers: int = 1, 
     else:
       value = jnp.abs(leaf.astype(jnp.float32)) if by == "l1" else jnp.square(leaf.astype(jnp.float32))
       kept = [names.names.index(a) for a in (depth if stacked else None, around, axis) if a]
-    value = value.sum([d for d in range(value.ndim) if d not in kept])
+    value = value.sum(tuple(d for d in range(value.ndim) if d not in kept))
     for i, own in enumerate(value if stacked else [value]):
       totals[first.get(depth, 0) + i if inside else 0] += own
   return totals

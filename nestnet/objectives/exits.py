@@ -102,8 +102,8 @@ def shares(depths: Sequence[int], step: jax.Array | int, weights: str = "even", 
     interval: As in `exits`.
 
   Example:
-    >>> shares((1, 2, 3), 0, "rising", 0.5).round(3).tolist()
-    [0.0, 0.16699999570846558, 0.8330000042915344]
+    >>> shares((1, 2, 3), 0, "rising").tolist()
+    [0.0, 0.25, 0.75]
     >>> shares((1, 2, 3, 4), 3, curriculum="rotational", interval=2).tolist()
     [0.0, 0.5, 0.0, 0.5]
   """
