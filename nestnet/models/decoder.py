@@ -175,7 +175,8 @@ class Decoder(nn.Module):
     if not all(0 <= exit < self.layers for exit in exits):
       raise UserError(f"Decoder: exits={tuple(exits)}; allowed are 0 to {self.layers - 1}")
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    if positions is None:
+    ordered = positions is None
+    if ordered:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     x, table = Embedding(self.vocab, self.embed, name="embedding", **typed)(tokens)
 
@@ -191,7 +192,7 @@ class Decoder(nn.Module):
       parts, x, layers=self.layers, constants=skips, remat=self.remat, taps=taps or bool(exits),
       unroll=self.unroll,
       sizes={"attention": {"kv_heads": self.kv_heads, "queries": queries}, "mlp": {"mlp": self.mlp}},
-      positions=positions, key=key)
+      positions=positions, ordered=ordered, key=key)
 
     norm = rms_norm("norm", epsilon=self.norm_eps, **typed)
     linear = functools.partial(Linear, "embed -> vocab", (self.vocab,), use_bias=False, **typed)
@@ -269,7 +270,7 @@ class Attention(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, constants, *, positions, key):
+  def __call__(self, x, constants, *, positions, ordered, key):
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     linear = functools.partial(Linear, use_bias=self.use_bias, **typed)
     y = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)
@@ -284,6 +285,8 @@ class Attention(nn.Module):
     q, k = rotate(q, positions, waves), rotate(k, positions, waves)
     if self.has_variable("cache", "key"):
       k, v, visible = self._cached(k, v, positions)
+    elif ordered:
+      visible = None
     else:
       visible = (positions[:, None] <= positions[:, :, None]) & (positions[:, None] >= 0)
     y = grouped_attention(q, k, v, visible)
@@ -314,8 +317,8 @@ class MLP(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, constants, *, positions, key):
-    del positions
+  def __call__(self, x, constants, *, positions, ordered, key):
+    del positions, ordered
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     linear = functools.partial(Linear, use_bias=False, **typed)
     y = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)
