@@ -142,7 +142,7 @@ class Decoder(nn.Module):
       why = "does not divide into these groups" if heads % kv_heads else (
         f"has {heads // kv_heads} heads in a group, where the largest has {full}")
       raise UserError(f"the space has heads={heads} beside kv_heads={kv_heads}, which {why}; allowed are "
-                      "sizes that go together, as with couple={'heads kv_heads': [[2, 1], [4, 2]]}")
+                      "sizes that go together, as with couple={'kv_heads heads': [[1, 2], [2, 4]]}")
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None, train: bool = False,
@@ -204,6 +204,16 @@ class Decoder(nn.Module):
   def _rates(self):
     last = max(1, self.layers - 1)
     return [self.layer_dropout * (2 ** (i / last) - 1) for i in range(self.layers)]
+
+
+def head_rows(kv_heads: Sequence[int], queries: Sequence[int]) -> tuple[tuple[int, int], ...]:
+  """Rows for `couple={"kv_heads heads": ...}` of a space: so many groups with so many heads in each.
+
+  Example:
+    >>> head_rows(kv_heads=(1, 2), queries=(1, 2))
+    ((1, 1), (1, 2), (2, 2), (2, 4))
+  """
+  return tuple((groups, groups * heads) for groups in kv_heads for heads in queries)
 
 
 def init_cache(module: Decoder, batch: int, slots: int, dtype: Any = None) -> dict[str, Any]:
