@@ -99,7 +99,8 @@ def influence(model: nn.Module, variables: Mapping[str, Any], batches: Iterable[
 
   found = _mean(recorded, variables, batches)
   if len(found) != 1:
-    raise UserError(f"{type(model).__name__} has {len(found)} stacks of layers; allowed are networks with one")
+    raise UserError(f"{type(model).__name__} has {len(found)} stacks of layers; allowed are networks with "
+                    "one")
   leaves = jax.tree.leaves_with_path(found)
   # Where layers stand apart, layers_10 is behind layers_9.
   number = lambda keys: [int(n) for n in re.findall(r"_(\d+)'", jax.tree_util.keystr(keys))]
