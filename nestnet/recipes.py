@@ -107,6 +107,33 @@ def matryoshka_tied(sizes: Sequence[int] = (8, 16, 32, 64)) -> dict[str, Any]:
   return matryoshka(sizes, tied=True)
 
 
+def soft(depths: Sequence[int] = ()) -> dict[str, Any]:
+  """Exits behind several layers of one forward pass, labels only, losses averaged (SoFT, 2309.08968).
+
+  Args:
+    depths: Where they are; by default behind every layer. In the paper behind every fourth of 40, from 12.
+  """
+  return _exits("soft", depths, "even", 1.0, "none", 1)
+
+
+def layerskip(depths: Sequence[int] = ()) -> dict[str, Any]:
+  """Exits whose weights rise with depth, in rotation, on a network that drops layers (LayerSkip, 2404.16710).
+
+  That it drops them is the model's: `model.layer_dropout=0.1`.
+
+  Args:
+    depths: As in `soft`.
+  """
+  return _exits("layerskip", depths, "rising", 0.2, "rotational", 8)
+
+
+def _exits(name: str, depths: Sequence[int], weights: str, scale: float, curriculum: str, interval: int
+           ) -> dict[str, Any]:
+  return _recipe(name, {"name": "largest"}) | {"objective": {
+    "name": "exits", "depths": tuple(depths), "weights": weights, "scale": scale, "curriculum": curriculum,
+    "interval": interval}}
+
+
 def ofa() -> dict[str, Any]:
   """Random members taught by the frozen whole network and by labels (Once-for-All, 1908.09791).
 
@@ -193,6 +220,7 @@ RECIPES = {
   "separate": separate, "truncate": truncate, "sandwich": sandwich, "sorted": sorted_,
   "matformer_joint": matformer_joint, "matformer_sampled": matformer_sampled,
   "matryoshka": matryoshka, "matryoshka_tied": matryoshka_tied,
+  "soft": soft, "layerskip": layerskip,
   "ofa": ofa, "compofa": compofa, "rss": rss, "bignas": bignas, "deps": deps,
   "attentive_nas": attentive_nas, "attentive_nas_worst_up": attentive_nas_worst_up, "alphanet": alphanet,
 }

@@ -13,13 +13,14 @@ import pytest
 
 from nestnet import Space, build
 from nestnet.execution import Supernet
-from nestnet.importance import Sort, _activations, orders, permuted, ranked, scores, sizes_trained
+from nestnet.importance import Sort, _activations, permuted, sizes_trained
 from nestnet.models import mobilenet, resnet50d
 from nestnet.models.layers import Linear
 from nestnet.models.mobilenet import MobileNet
 from nestnet.models.resnet50d import ResNet50D
 from nestnet.models.vit import ViT
 from nestnet.objectives import objective
+from nestnet.ordering import orders, ranked, scores
 from nestnet.permuting import permute
 from nestnet.sampling import sampler
 from nestnet.sharding import make_mesh, put_batch
@@ -125,7 +126,7 @@ def test_activations_are_those_that_kernels_see():
 
 
 def test_channels_that_are_normalised_as_one_move_as_one():
-  found = orders(family("grouped"), family("grouped").axes["params"], params("grouped"), ["hidden_2", "stem"])
+  found = orders(FAMILIES["grouped"][0], family("grouped").axes["params"], params("grouped"), ["hidden_2", "stem"])
   moved = [np.asarray(order).reshape(-1, 4) for order in (*found["hidden_2"], found["stem"])]
   assert all((rows == rows[:, :1] // 4 * 4 + np.arange(4)).all() for rows in moved)
   assert any((np.diff(rows[:, 0]) < 0).any() for rows in moved)
@@ -144,7 +145,8 @@ def test_a_step_and_an_order_commute(name):
   wanted = {"mobilenet": channels, "grouped": channels,
             "resnet": ["stem", "embed_0", "embed_1", "embed_4", "hidden_1", "inner_1", "inner_4"],
             "vit": ["embed", "heads", "mlp"]}[name]
-  found = orders(step.supernet, step.axes, state.trained, wanted)
+  found = orders(step.supernet.model, step.axes, state.trained, wanted,
+                 groups=step.supernet.space.groups)
   assert all(any((np.asarray(o) != np.arange(len(o))).any() for o in (v if isinstance(v, tuple) else [v]))
              for v in found.values())
   other = permuted(step, state, found)

@@ -9,7 +9,8 @@ import flax.linen as nn
 from nestnet.errors import one_of
 
 ARCHITECTURES = {
-  "ViT": "nestnet.models.vit:ViT", "MobileNet": "nestnet.models.mobilenet:MobileNet",
+  "ViT": "nestnet.models.vit:ViT", "Decoder": "nestnet.models.decoder:Decoder",
+  "MobileNet": "nestnet.models.mobilenet:MobileNet",
   "MobileNetV3": "nestnet.models.mobilenet_v3:MobileNetV3",
   "SmallMobileNet": "nestnet.models.small_mobilenet:SmallMobileNet",
   "BigNAS": "nestnet.models.big_nas:BigNAS", "AttentiveNAS": "nestnet.models.big_nas:AttentiveNAS",
