@@ -281,8 +281,8 @@ class Embedding(nn.Module):
   def __call__(self, tokens):
     table = self.param("embedding", axes(nn.initializers.normal(0.02), "vocab -> embed"),
                        (self.vocab, self.embed), self.param_dtype)
-    # Padding may be -1; what is beyond the table becomes NaN, which nobody overlooks.
-    return jnp.take(table, jnp.maximum(tokens, 0), axis=0).astype(self.dtype), table
+    # Padding, -1, reads the last row; what is beyond the table becomes NaN, which nobody overlooks.
+    return jnp.take(table, tokens, axis=0).astype(self.dtype), table
 
 
 class Attention(nn.Module):

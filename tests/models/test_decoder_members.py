@@ -111,7 +111,7 @@ def loss_and_gradient(runnable, variables):
 def test_one_program_equals_the_slice(embed):
   model = PLAIN.clone(layers=2)
   space = Space(layers=(1, 2), embed=embed, mlp=(4, 12), couple={"heads kv_heads": ((2, 1), (2, 2), (4, 2))})
-  texts = ("layers=2,heads=2:4,kv_heads=1:2,mlp=12:4", "layers=+1,heads=2,kv_heads=2,mlp=4")
+  texts = ("layers=2,heads=2:4,kv_heads=2,mlp=12:4", "layers=+1,heads=2,kv_heads=1,mlp=4")
   net = Supernet(model, space, (INPUT,))
   one, variables = OneProgram(net), randomised(model)
   assert set(one.inner) == {"heads", "kv_heads", "mlp"} and one.outer == ("embed",)
