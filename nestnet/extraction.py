@@ -143,8 +143,9 @@ def _check_format(run: Run, member: Subnet, format: str) -> None:
 def _tokenizer(run: Run) -> pathlib.Path | None:
   """Where the tokenizer of a run's text is: its own, or that of the weights it began with; None: bytes."""
   if own := run.config["data"].get("tokenizer"):
-    beside = pathlib.Path(own).parent
-    return beside if hugging_face.is_folder(beside) else pathlib.Path(own)
+    own = pathlib.Path(own)
+    # With what else is said of its tokens, where it stands in a network's folder.
+    return own.parent if own.is_file() and hugging_face.is_folder(own.parent) else own
   parent = pathlib.Path(run.parent.folder) if run.parent else None
   return parent if parent and hugging_face.has_tokenizer(parent) else None
 
