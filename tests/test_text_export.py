@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 import nestnet
 from nestnet import build, extraction, recipes, runs
 from nestnet.errors import UserError
+from nestnet.interop import hugging_face
 from nestnet.training import Border
 
 
@@ -51,7 +53,8 @@ def test_a_member_is_extracted_verified_and_trained_on(workdir, tmp_path):
   assert json.loads((tmp_path / "out" / "nestnet.json").read_text())["costs_and_metrics"] == row
   module, variables = nestnet.load(tmp_path / "out")
   assert (module.mlp, module.context, str(np.dtype(module.param_dtype))) == (16, 32, "float32")
-  goes_on = build.build(config(init_from=str(tmp_path / "out")))
+  fields = hugging_face.model_fields(tmp_path / "out")
+  goes_on = build.build(ml_collections.ConfigDict(config(init_from=str(tmp_path / "out"), model=fields)))
   goes_on.parent.check()
   step = goes_on.phases[0].step
   state = goes_on.parent(step.init(), Border(None, step, goes_on.batches))

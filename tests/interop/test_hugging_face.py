@@ -260,7 +260,8 @@ def test_a_wrong_index(folder, index, message):
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
-  out, space = tmp_path / "out", nestnet.Space(layers=(2,), embed=(16,), mlp=(8, 16, 24), per_layer=("mlp",))
+  space = nestnet.Space(layers=(2,), embed=(16,), mlp=(8, 16, 24, 32), per_layer=("mlp",))
+  out = tmp_path / "out"
   member = nestnet.Subnet(layers=2, embed=16, mlp=(8, 24))
   uneven = MODULE.clone(mlp=(8, 24))
   with pytest.raises(UserError, match="mlp=8:24: layers differ, and LlamaForCausalLM.* one size for all "
