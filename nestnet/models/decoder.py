@@ -142,7 +142,7 @@ class Decoder(nn.Module):
       why = "does not divide into these groups" if heads % kv_heads else (
         f"has {heads // kv_heads} heads in a group, where the largest has {full}")
       raise UserError(f"the space has heads={heads} beside kv_heads={kv_heads}, which {why}; allowed are "
-                      "sizes that go together, as with couple={'heads kv_heads': [[2, 1], [4, 2]]}")
+                      "sizes that go together, as with couple={'kv_heads heads': [[1, 2], [2, 4]]}")
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None, train: bool = False,
@@ -175,7 +175,8 @@ class Decoder(nn.Module):
     if not all(0 <= exit < self.layers for exit in exits):
       raise UserError(f"Decoder: exits={tuple(exits)}; allowed are 0 to {self.layers - 1}")
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    if positions is None:
+    ordered = positions is None
+    if ordered:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     x, table = Embedding(self.vocab, self.embed, name="embedding", **typed)(tokens)
 
@@ -191,7 +192,7 @@ class Decoder(nn.Module):
       parts, x, layers=self.layers, constants=skips, remat=self.remat, taps=taps or bool(exits),
       unroll=self.unroll,
       sizes={"attention": {"kv_heads": self.kv_heads, "queries": queries}, "mlp": {"mlp": self.mlp}},
-      positions=positions, key=key)
+      positions=positions, ordered=ordered, key=key)
 
     norm = rms_norm("norm", epsilon=self.norm_eps, **typed)
     linear = functools.partial(Linear, "embed -> vocab", (self.vocab,), use_bias=False, **typed)
@@ -203,6 +204,16 @@ class Decoder(nn.Module):
   def _rates(self):
     last = max(1, self.layers - 1)
     return [self.layer_dropout * (2 ** (i / last) - 1) for i in range(self.layers)]
+
+
+def head_rows(kv_heads: Sequence[int], queries: Sequence[int]) -> tuple[tuple[int, int], ...]:
+  """Rows for `couple={"kv_heads heads": ...}` of a space: so many groups with so many heads in each.
+
+  Example:
+    >>> head_rows(kv_heads=(1, 2), queries=(1, 2))
+    ((1, 1), (1, 2), (2, 2), (2, 4))
+  """
+  return tuple((groups, groups * heads) for groups in kv_heads for heads in queries)
 
 
 def init_cache(module: Decoder, batch: int, slots: int, dtype: Any = None) -> dict[str, Any]:
@@ -269,7 +280,7 @@ class Attention(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, constants, *, positions, key):
+  def __call__(self, x, constants, *, positions, ordered, key):
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     linear = functools.partial(Linear, use_bias=self.use_bias, **typed)
     y = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)
@@ -284,6 +295,8 @@ class Attention(nn.Module):
     q, k = rotate(q, positions, waves), rotate(k, positions, waves)
     if self.has_variable("cache", "key"):
       k, v, visible = self._cached(k, v, positions)
+    elif ordered:
+      visible = None
     else:
       visible = (positions[:, None] <= positions[:, :, None]) & (positions[:, None] >= 0)
     y = grouped_attention(q, k, v, visible)
@@ -314,8 +327,8 @@ class MLP(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, constants, *, positions, key):
-    del positions
+  def __call__(self, x, constants, *, positions, ordered, key):
+    del positions, ordered
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     linear = functools.partial(Linear, use_bias=False, **typed)
     y = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)
