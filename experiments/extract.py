@@ -16,14 +16,15 @@ PARAMS = flags.DEFINE_float("max_params", None, "at most so many parameters")
 FLOPS = flags.DEFINE_float("max_flops", None, "at most so many FLOPs for an image, or a window of "
                            "text")
 LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many milliseconds for one, here")
-FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors"], "what to write")
+FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors", "hugging_face"],
+                           "what to write: nestnet's own folder, or one that transformers loads")
 
 
 def main(argv):
   del argv
   from nestnet import evaluation, extraction, report
   row, difference = extraction.extract_run(
-    WORKDIR.value, OUT.value, SUBNET.value, PARAMS.value, FLOPS.value, LATENCY.value)
+    WORKDIR.value, OUT.value, SUBNET.value, PARAMS.value, FLOPS.value, LATENCY.value, FORMAT.value)
   print(report.table(evaluation.shown([row])))
   print(f"written: {OUT.value}\nlargest difference from the slice in place: {difference:.3g}")
 

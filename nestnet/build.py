@@ -20,6 +20,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.evaluators import TASKS, Task
 from nestnet.execution import Supernet, module_of
 from nestnet.imports import by_path
+from nestnet.initial import Parent
 from nestnet.interop.folder import make_module, module_fields
 from nestnet.objectives import Objective, objective
 from nestnet.optim import optimizer, schedule
@@ -63,17 +64,25 @@ class Run:
   def steps(self) -> int:
     return sum(phase.steps for phase in self.phases)
 
+  @property
+  def parent(self) -> Parent | None:
+    """The weights that the run begins with, where they are not random."""
+    enter = self.phases[0].enter
+    return enter if isinstance(enter, Parent) else None
+
 
 def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> Run:
   """Turns a config into a run; whatever is wrong with it is said here.
 
   Args:
     config: The groups `model`, `space`, `recipe`, `data`, `optim`, `train`, `mesh`, a `seed`, and
-      optionally `eval` and `phases`: a list of dicts. Each has its `steps`, or a `share` of `train.steps`;
-      may name a function that makes the transition at its beginning, `enter="package.module:function"`, or
-      `{"name": "package.module:function", ...}` with options of that function; and how many of the largest
-      choices of axes are open in it, `open={"kernel": 1}`. Its other keys override groups. A phase with an
-      `optim` of its own begins with a fresh optimizer.
+      optionally `eval`, `init_from` and `phases`. `init_from` is a folder whose weights the run begins
+      with: an extracted network, or a decoder in Hugging Face's form. `phases` is a list of dicts. Each
+      has its `steps`, or a `share` of `train.steps`; may name a function that makes the transition at its
+      beginning, `enter="package.module:function"`, or `{"name": "package.module:function", ...}` with
+      options of that function; and how many of the largest choices of axes are open in it,
+      `open={"kernel": 1}`. Its other keys override groups. A phase with an `optim` of its own begins with
+      a fresh optimizer.
     mesh: What to lay it over in place of the config's, to look at it and not to train: what only training
       needs is then neither built nor checked.
 
@@ -159,14 +168,26 @@ def _phases(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.
       settled.append((_transition(override.get("enter")), merged, _rate(merged["optim"], stretch)))
   for number, ((enter, merged, rate), (steps, _, fresh)) in enumerate(zip(settled, stretched)):
     with _in_phase(number, len(overrides), steps):
+      if number == 0 and config.get("init_from"):
+        enter = _parent(config["init_from"], merged, dataset, enter)
       step = _step(merged, dataset, mesh, rate, (first, steps), trains)
       if step.recipe.teacher == "frozen" and not phases and not enter:
         raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
-                        "put a phase before it, or name the phase's `enter` that sets a teacher")
+                        "put a phase before it, or name the phase's `enter` that sets a teacher, or "
+                        "config.init_from")
     opens = stretches.widened(settled[number - 1][1]["space"], merged["space"]) if number else ()
     phases.append(training.Phase(steps, step, enter, fresh, tuple(opens)))
     first += steps
   return tuple(phases)
+
+
+def _parent(folder: str, config: dict[str, Any], dataset: Dataset, enter: training.Transition | None
+            ) -> Parent:
+  """The weights of a folder that holds all that the config's model and space describe."""
+  alone = config["recipe"].get("subnet")
+  recipe = {key: value for key, value in config["recipe"].items() if key != "subnet"}
+  family = _supernet(config | {"recipe": recipe}, dataset)
+  return Parent(folder, family, family.space.subnet(alone) if alone else None, enter)
 
 
 @contextlib.contextmanager

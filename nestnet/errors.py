@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class UserError(ValueError):
@@ -43,6 +43,27 @@ def one_of(what: str, got: object, allowed: Iterable[object]) -> UserError:
   close = difflib.get_close_matches(str(got), names, n=2, cutoff=0.6)
   hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
   return UserError(f"unknown {what} {str(got)!r}{hint} Allowed: {', '.join(names) or 'none'}")
+
+
+def counted(what: str, problems: Mapping[str, Sequence[str]], listed: int = 8) -> UserError:
+  """Builds the error for many things of which some are wrong.
+
+  Args:
+    what: what is said of the whole.
+    problems: the names of what is wrong, by the kind of problem.
+    listed: how many of each kind are named.
+
+  Example:
+    >>> print(counted("2 files were looked at", {"missing": [], "damaged": ["a", "b"]}, listed=1))
+    2 files were looked at: 2 damaged
+      damaged: a
+      ... and 1 more damaged
+  """
+  lines = [f"{what}: " + ", ".join(f"{len(names)} {kind}" for kind, names in problems.items() if names)]
+  for kind, names in problems.items():
+    lines += [f"  {kind}: {name}" for name in names[:listed]]
+    lines += [f"  ... and {len(names) - listed} more {kind}"] if len(names) > listed else []
+  return UserError("\n".join(lines))
 
 
 class MissingFileError(UserError, FileNotFoundError):

@@ -15,8 +15,9 @@ import numpy as np
 from nestnet import cost, evaluation, metrics, provenance, report, runs
 from nestnet.build import Run
 from nestnet.calibrate import average, moments
-from nestnet.errors import Failure, UserError
+from nestnet.errors import Failure, UserError, one_of
 from nestnet.execution import Runnable, resized
+from nestnet.interop import hugging_face
 from nestnet.interop.folder import load, save
 from nestnet.models.convolution import STATISTICS
 from nestnet.slicing import take
@@ -25,6 +26,7 @@ from nestnet.subnet import Subnet
 
 VERIFIED = 256
 TOLERANCE = 1e-5
+FORMATS = ("safetensors", "hugging_face")
 
 
 def choose(rows: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> Mapping[str, Any]:
@@ -70,7 +72,8 @@ def latencies(run: Run, state: TrainState, rows: Sequence[Mapping[str, Any]]) ->
 
 def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], subnet: str | None = None,
                 max_params: float | None = None, max_flops: float | None = None,
-                max_latency_ms: float | None = None) -> tuple[dict[str, Any], float]:
+                max_latency_ms: float | None = None, format: str = FORMATS[0]
+                ) -> tuple[dict[str, Any], float]:
   """Writes one network of a run to a folder, and verifies it there.
 
   Args:
@@ -81,14 +84,18 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
       split) within all given budgets is taken.
     max_flops: Largest number of FLOPs for an input: an image, or a window of text.
     max_latency_ms: Longest median time of an input on the present device, in milliseconds.
+    format: Of the folder, one of `FORMATS`; `nestnet.load` reads either.
 
   Returns:
     Its row, and the largest difference of logits between the folder's network and the slice in
     place, on validation data.
 
   Raises:
-    ValueError: Nothing fits the budgets, or the sub-network is outside the space.
+    ValueError: Nothing fits the budgets, or the sub-network is outside the space, or the format cannot
+      hold it.
   """
+  if format not in FORMATS:
+    raise one_of("format", format, FORMATS)
   budgets = {"params": max_params, "flops": max_flops, "latency_ms": max_latency_ms}
   budgets = {name: limit for name, limit in budgets.items() if limit is not None}
   if bool(subnet) == bool(budgets):
@@ -96,6 +103,7 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
                     "--max_flops, --max_latency_ms")
   run, step, state = runs.opened(workdir)
   if subnet:
+    _check_format(run, run.supernet.space.subnet(subnet), format)
     row = evaluation.evaluate(run, state, [run.supernet.space.subnet(subnet)])[0]
   else:
     rows = report.read_rows(pathlib.Path(workdir) / "subnets.json")
@@ -106,19 +114,40 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
       rows = latencies(run, state, rows)
     row = dict(choose(rows, budgets))
   member = run.supernet.space.subnet(row["subnet"])
+  _check_format(run, member, format)
   images = evaluation.calibration(run, run.supernet)
   module, variables = evaluation.member(run.step, state, member, images)
   record = {
     "subnet": str(member), "sizes": dict(member), "parent": {"run": str(workdir), "step": step},
+    **({"init_from": str(run.parent.folder)} if run.parent else {}),
     "space": run.supernet.space.to_json(), "recipe": run.config["recipe"],
     "trained": provenance.trained(run, step), "data": run.config["data"], "costs_and_metrics": row}
   own = take(state.trained["objective"], run.step.axes["objective"], member,
              run.supernet.space.groups, strict=False)
-  differences = []
-  save(out, module, jax.device_get(variables), record,
-       beside={"objective": jax.device_get(own)} if jax.tree.leaves(own) else None,
-       check=lambda folder: differences.append(verify(run, state, member, folder, images)))
+  differences, variables = [], jax.device_get(variables)
+  check = lambda folder: differences.append(verify(run, state, member, folder, images))
+  if format == "hugging_face":
+    hugging_face.write_folder(out, module, variables, card=record, check=check,
+                              tokenizer_from=_tokenizer(run))
+  else:
+    save(out, module, variables, record, check=check,
+         beside={"objective": jax.device_get(own)} if jax.tree.leaves(own) else None)
   return row, differences[0]
+
+
+def _check_format(run: Run, member: Subnet, format: str) -> None:
+  if format == "hugging_face":
+    hugging_face.check_exportable(run.supernet.module(member), member, run.supernet.space)
+
+
+def _tokenizer(run: Run) -> pathlib.Path | None:
+  """Where the tokenizer of a run's text is: its own, or that of the weights it began with; None: bytes."""
+  if own := run.config["data"].get("tokenizer"):
+    own = pathlib.Path(own)
+    # With what else is said of its tokens, where it stands in a network's folder.
+    return own.parent if own.is_file() and hugging_face.is_folder(own.parent) else own
+  parent = pathlib.Path(run.parent.folder) if run.parent else None
+  return parent if parent and hugging_face.has_tokenizer(parent) else None
 
 
 def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLike[str],
@@ -138,6 +167,9 @@ def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLik
   some = {name: values[:VERIFIED] for name, values in evaluation.held(run, "validation").items()}
   inputs = resized(run.task.first(some), subnet)
   module, variables = load(folder, type(run.supernet.model))
+  if hasattr(module, "dtype"):
+    # Of another format it is that of the weights.
+    module = module.clone(dtype=run.supernet.model.dtype)
   alone = jax.jit(lambda v, x: module.apply(v, x)["logits"])(variables, inputs)
   place = Runnable(subnet, lambda s: run.step.member(s["state"], subnet), run.supernet.module(subnet))
   state = {"state": state}

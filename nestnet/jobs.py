@@ -66,7 +66,7 @@ def run_task(task: Task) -> bool:
   """Trains and evaluates one run; False after SIGTERM."""
   began = time.monotonic()
   run = build.build(task.config)
-  runs.settle(run.config, task.workdir)
+  runs.begun(run, task.workdir)
   state = runs.trained(run, task.workdir, show_progress=False)
   if state is None:
     return False

@@ -34,7 +34,7 @@ GROUPS: dict[str, dict[str, type]] = {
 }
 # Groups whose keys depend on the model.
 OF_MODEL = ("model", "space")
-TOP = {"seed": int, "phases": tuple} | dict.fromkeys(GROUPS, dict)
+TOP = {"seed": int, "phases": tuple, "init_from": str} | dict.fromkeys(GROUPS, dict)
 OPTIONAL = ("eval",)
 # What a phase says beside overrides of groups.
 PHASE = {"steps": int, "share": float, "enter": str, "open": dict}

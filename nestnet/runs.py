@@ -40,7 +40,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progr
   """
   workdir, run = pathlib.Path(workdir), build(config)
   processes.agree(lambda: _identity(run), "every host runs the same command with the same software")
-  if settle(run.config, workdir):
+  if begun(run, workdir):
     return True
   if show_progress and run.dataset.about and processes.first():
     print(f"data: {run.dataset.about}", file=sys.stderr, flush=True)
@@ -69,6 +69,17 @@ def trained(run: Run, workdir: pathlib.Path, show_progress: bool = True) -> Trai
     log_every=options["log_every"], eval_every=options["eval_every"],
     evaluate=functools.partial(evaluation.watch, run), show_progress=show_progress)
   return outcome.state if outcome.finished else None
+
+
+def begun(run: Run, workdir: pathlib.Path) -> bool:
+  """`settle` of a run; one that has still to begin looks at the weights that it begins with.
+
+  Raises:
+    ValueError: As `settle`; or these weights are not there, or another network's.
+  """
+  if run.parent and not _made(workdir):
+    run.parent.check()
+  return settle(run.config, workdir)
 
 
 def settle(config: Mapping[str, Any], workdir: pathlib.Path) -> bool:

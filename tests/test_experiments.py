@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from nestnet import build, cli, extraction, report, runs
 from nestnet.data import arrays, load
+from nestnet.errors import UserError
 from nestnet.execution import Supernet
 from nestnet.interop import folder
 from nestnet.recipes import RECIPES
@@ -151,6 +152,14 @@ def test_extract_twice_replaces(finished, tmp_path):
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["config.json", "model.safetensors"]
   assert sizes[1] < sizes[0] and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_format_that_cannot_hold_a_network_is_refused(finished, tmp_path):
+  with pytest.raises(UserError, match="written of a Decoder, got a ViT; allowed is --format=safetensors"):
+    extraction.extract_run(finished, tmp_path / "out", "smallest", format="hugging_face")
+  with pytest.raises(UserError, match="unknown format 'onnx'. Allowed: safetensors, hugging_face"):
+    extraction.extract_run(finished, tmp_path / "out", "smallest", format="onnx")
+  assert not (tmp_path / "out").exists()
 
 
 # Exits are those of a decoder.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import os
 import pathlib
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +17,10 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nestnet.errors import MissingFileError, UserError, one_of
+from nestnet.files import atomic_folder, written
+from nestnet.interop import hugging_face
+from nestnet.interop.ours import FORMAT, check_replaceable
 from nestnet.models import ARCHITECTURES, architecture
-
-FORMAT = "nestnet"
 
 
 def save(folder: str | os.PathLike[str], module: nn.Module, variables: Mapping[str, Any],
@@ -44,53 +43,28 @@ def save(folder: str | os.PathLike[str], module: nn.Module, variables: Mapping[s
       is nothing that JSON can hold.
   """
   folder, fields = pathlib.Path(folder), module_fields(module)
-  if folder.exists() and not (folder.is_dir() and (_is_ours(folder) or not any(folder.iterdir()))):
-    raise UserError(
-      f"{folder} exists and is no extracted network; name another folder or remove it")
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  _put_back(folder)
-  written = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-  written.mkdir()
-  try:
+  check_replaceable(folder)
+  with atomic_folder(folder) as hidden:
     config = {"format": FORMAT, "architecture": _name(type(module)), "fields": fields,
               **(provenance or {})}
-    (written / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (hidden / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, tree in {"model": variables, **(beside or {})}.items():
       flat = {"/".join(path): jnp.asarray(leaf)
               for path, leaf in flatten_dict(dict(meta.unbox(tree))).items()}
-      safetensors.flax.save_file(flat, written / f"{name}.safetensors")
+      safetensors.flax.save_file(flat, hidden / f"{name}.safetensors")
       # That makes files which their owner alone may read, whatever the umask says.
-      shutil.copymode(written / "config.json", written / f"{name}.safetensors")
+      shutil.copymode(hidden / "config.json", hidden / f"{name}.safetensors")
     if check:
-      check(written)
-    if folder.exists():
-      os.rename(folder, folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old"))
-    os.rename(written, folder)
-    for replaced in _moved_aside(folder):
-      shutil.rmtree(replaced, ignore_errors=True)
-  finally:
-    shutil.rmtree(written, ignore_errors=True)
-    _put_back(folder)
-
-
-def _moved_aside(folder: pathlib.Path) -> list[pathlib.Path]:
-  """What `save` moved away to make room, the newest first."""
-  found = folder.parent.glob(f".{glob.escape(folder.name)}.{'?' * 32}.old")
-  return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def _put_back(folder: pathlib.Path) -> None:
-  """Undoes half of an exchange: a killed `save` may have left nothing under the folder's name."""
-  if not folder.exists() and (aside := _moved_aside(folder)):
-    os.rename(aside[0], folder)
+      check(hidden)
 
 
 def load(folder: str | os.PathLike[str], module: type[nn.Module] | None = None
          ) -> tuple[nn.Module, dict[str, Any]]:
-  """Reads an extracted network: `module, variables = load(folder)`, ready for `module.apply`.
+  """Reads a network: `module, variables = load(folder)`, ready for `module.apply`.
 
   Args:
-    folder: What `save` or `experiments.extract` wrote.
+    folder: What `save` or `experiments.extract` wrote, or a decoder in Hugging Face's form
+      (`nestnet.interop.hugging_face`).
     module: The class of a network that is not one of nestnet's own. Nothing is imported by a name
       that the folder gives.
 
@@ -98,25 +72,47 @@ def load(folder: str | os.PathLike[str], module: type[nn.Module] | None = None
     ValueError: The folder is damaged, or its fields are not those of its architecture.
     FileNotFoundError: There is no extracted network.
   """
-  folder = pathlib.Path(folder)
-  if not folder.exists():
-    # Read where it lies: to rename it would hinder a `save` that is running.
-    folder = next(iter(_moved_aside(folder)), folder)
+  folder = written(folder)
+  if hugging_face.is_folder(folder):
+    made, variables = hugging_face.read_folder(folder)
+    return _checked(made, module, folder), variables
+  made = peek(folder, module)
+  try:
+    flat = safetensors.flax.load_file(folder / "model.safetensors")
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(f"{folder} is damaged: {error}") from error
+  return made, unflatten_dict({tuple(key.split("/")): leaf for key, leaf in flat.items()})
+
+
+def peek(folder: str | os.PathLike[str], module: type[nn.Module] | None = None) -> nn.Module:
+  """The network of `load`, whose weights are not read, but for the names and shapes of Hugging Face's.
+
+  Raises:
+    ValueError: As `load`.
+    FileNotFoundError: As `load`.
+  """
+  folder = written(folder)
+  if hugging_face.is_folder(folder):
+    return _checked(hugging_face.peek(folder), module, folder)
   if not (folder / "config.json").is_file():
     raise MissingFileError(f"no extracted network in {folder}: config.json is missing")
   try:
     config = json.loads((folder / "config.json").read_text())
-    flat = safetensors.flax.load_file(folder / "model.safetensors")
     name, fields = str(config["architecture"]), dict(config["fields"])
-  except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f"{folder} is damaged: {error}") from error
   if module is None and name not in ARCHITECTURES:
     raise UserError(f"{folder} holds a {name}, which is not nestnet's own "
                     f"({', '.join(ARCHITECTURES)}); pass its class: load(folder, MyModule)")
   if module is not None and _name(module) != name:
     raise UserError(f"{folder} holds a {name}, got the class {_name(module)}")
-  made = make_module(module or architecture(name), fields)
-  return made, unflatten_dict({tuple(key.split("/")): leaf for key, leaf in flat.items()})
+  return make_module(module or architecture(name), fields)
+
+
+def _checked(made: nn.Module, wanted: type[nn.Module] | None, folder: pathlib.Path) -> nn.Module:
+  if wanted not in (None, type(made)):
+    raise UserError(f"{folder} holds a {_name(type(made))}, got the class {_name(wanted)}")
+  return made
 
 
 def make_module(module: type[nn.Module], fields: Mapping[str, Any]) -> nn.Module:
@@ -179,10 +175,3 @@ def _name(module: type[nn.Module]) -> str:
   own = {v: k for k, v in ARCHITECTURES.items()}
   path = f"{module.__module__}:{module.__qualname__}"
   return own.get(path, path)
-
-
-def _is_ours(folder: pathlib.Path) -> bool:
-  try:
-    return json.loads((folder / "config.json").read_text())["format"] == FORMAT
-  except (OSError, ValueError, KeyError, TypeError):
-    return False

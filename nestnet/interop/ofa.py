@@ -32,7 +32,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nestnet.axes import REST, abstract_variables
-from nestnet.errors import MissingFileError, UserError
+from nestnet.errors import MissingFileError, UserError, counted
 from nestnet.models.convolution import STATISTICS, borrowed
 from nestnet.models.mobilenet import MobileNet
 from nestnet.models.mobilenet_v3 import MobileNetV3
@@ -49,8 +49,6 @@ PUBLISHED = (MobileNetV3, ProxylessNAS, ResNet50D)
 # What their sub-networks have: of a MobileNet, then of a ResNet.
 DEPTHS, EXPANSIONS, KERNELS = (2, 3, 4), (3, 4, 6), (3, 5, 7)
 MORE_DEPTHS, SHARES = (0, 1, 2), (0.2, 0.25, 0.35)
-# Tensors of each kind that a message lists.
-LISTED = 8
 
 _NORM = {("params", "scale"): "weight", ("params", "bias"): "bias", (STATISTICS, "mean"): "running_mean",
          (STATISTICS, "var"): "running_var"}
@@ -115,7 +113,8 @@ def load(model: MobileNet | ResNet50D, state: Mapping[str, Any] | str | os.PathL
     else:
       leaves.setdefault(entry.path, {})[entry.index] = array
   if missing or unknown or shaped:
-    raise _other_state(model, {"missing": missing, "not known": unknown, "of another shape": shaped})
+    raise counted(f"the state dict is not that of this {type(model).__name__}", {
+      "missing": missing, "not known": unknown, "of another shape": shaped})
   whole = {path: np.stack([leaf[i] for i in range(len(leaf))]) if isinstance(leaf, dict) else leaf
            for path, leaf in leaves.items()}
   tree = unflatten_dict({path: jnp.asarray(leaf, shapes[path].dtype) for path, leaf in whole.items()})
@@ -126,15 +125,6 @@ def _check_published(model: nn.Module) -> None:
   if type(model) not in PUBLISHED:
     raise UserError(f"the authors of Once-for-All published no weights of a {type(model).__name__}; allowed "
                     f"are {', '.join(each.__name__ for each in PUBLISHED)}")
-
-
-def _other_state(model: nn.Module, problems: Mapping[str, Sequence[str]]) -> UserError:
-  lines = [f"the state dict is not that of this {type(model).__name__}: "
-           + ", ".join(f"{len(names)} {kind}" for kind, names in problems.items() if names)]
-  for kind, names in problems.items():
-    lines += [f"  {kind}: {name}" for name in names[:LISTED]]
-    lines += [f"  ... and {len(names) - LISTED} more {kind}"] if len(names) > LISTED else []
-  return UserError("\n".join(lines))
 
 
 def subnet(model: MobileNet | ResNet50D, *, d: int | Sequence[int], e: float | Sequence[float],
