@@ -13,8 +13,9 @@ OUT = flags.DEFINE_string("out", None, "folder to write; an extracted network th
 SUBNET = flags.DEFINE_string("subnet", None, "which one, such as 'layers=2,embed=32', smallest or largest; "
                              "or give a budget")
 PARAMS = flags.DEFINE_float("max_params", None, "at most so many parameters")
-FLOPS = flags.DEFINE_float("max_flops", None, "at most so many FLOPs for an image")
-LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many milliseconds for an image, here")
+FLOPS = flags.DEFINE_float("max_flops", None, "at most so many FLOPs for an image, or a window of "
+                           "text")
+LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many milliseconds for one, here")
 FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors"], "what to write")
 
 

@@ -11,8 +11,9 @@ from nestnet import cli
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 OUT = flags.DEFINE_string("out", None, "folder for search.json, search.md, search.png", required=True)
 PARAMS = flags.DEFINE_float("max_params", None, "at most so many parameters")
-FLOPS = flags.DEFINE_float("max_flops", None, "at most so many FLOPs for an image")
-LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many milliseconds for an image, here")
+FLOPS = flags.DEFINE_float("max_flops", None, "at most so many FLOPs for an image, or a window of "
+                           "text")
+LATENCY = flags.DEFINE_float("max_latency_ms", None, "at most so many milliseconds for one, here")
 METHOD = flags.DEFINE_enum("method", "evolution", ["evolution", "nsga2", "coarse_to_fine", "random"],
                            "how to search")
 COSTS = flags.DEFINE_list("costs", [], "what nsga2 weighs against accuracy: params, flops, latency_ms; "

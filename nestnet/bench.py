@@ -1,7 +1,7 @@
 """What nesting costs: steps of slices and of one program for all against stand-alone networks.
 
-All networks learn from labels by `classification` with the config's optimizer; what a recipe's
-students learn of a teacher is added in the sandwich step alone.
+All networks learn from the data alone (labels by `classification`, text by `language_modelling`) with the
+config's optimizer; what a recipe's students learn of a teacher is added in the sandwich step alone.
 """
 
 from __future__ import annotations

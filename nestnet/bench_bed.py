@@ -14,6 +14,7 @@ import numpy as np
 from nestnet import build
 from nestnet.data import Batches
 from nestnet.errors import UserError
+from nestnet.evaluators import TASKS
 from nestnet.recipes import recipe
 from nestnet.sampling import FIXED_LIMIT, Sampler, Term
 from nestnet.sharding import put_batch, replicated
@@ -50,7 +51,8 @@ class Bed:
       raise UserError(f"batch_size: got {batch_size}, allowed is at least 1; 0 chooses one")
     config = build.plain(config)
     pool = config["space"].pop("pool", None) or () if "space" in config else ()
-    self.config = config | {"phases": [], "recipe": recipe("truncate")}
+    self._objective = TASKS[build.data_of(config).task].objective
+    self.config = config | {"phases": [], "recipe": self._recipe("truncate")}
     self.pairs, self.run, self.say = pairs, build.build(self.config), say
     # Kept on the host: compiling an initialisation takes as long as compiling a step.
     self._initial = jax.device_get(self.run.step.init())
@@ -64,6 +66,10 @@ class Bed:
       if batch_size or median_ms(self.base(self.listed[0])) >= LEAST_MS:
         break
       self.batch_size *= 2
+
+  def _recipe(self, name: str, **options: Any) -> dict[str, Any]:
+    """A recipe that learns from the data alone."""
+    return recipe(name, **options) | {"objective": {"name": self._objective}}
 
   @functools.cached_property
   def variants(self) -> tuple[str, ...]:
@@ -87,7 +93,7 @@ class Bed:
     """The step of a network of this size that stands alone."""
     variant = variant or self.variants[0]
     remat = {"remat": variant == "remat"} if len(self.variants) > 1 else {}
-    return build.build(self.config | {"recipe": recipe("separate", subnet=str(member)),
+    return build.build(self.config | {"recipe": self._recipe("separate", subnet=str(member)),
                                       "model": self.config["model"] | remat}).step
 
   def base(self, member: Subnet, variant: str = "") -> Call:

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from nestnet import phases as stretches
 from nestnet import training
 from nestnet.cli import check_fields
-from nestnet.data import Batches, Dataset, augmentation, load
+from nestnet.data import Batches, Dataset, Text, augmentation, load
 from nestnet.errors import UserError, one_of
+from nestnet.evaluators import TASKS, Task
 from nestnet.execution import Supernet, module_of
 from nestnet.imports import by_path
 from nestnet.interop.folder import make_module, module_fields
-from nestnet.objectives import objective
+from nestnet.objectives import Objective, objective
 from nestnet.optim import optimizer, schedule
 from nestnet.options import GROUPS, OF_MODEL, OPTIONAL, PHASE, RATE, REQUIRED, SCHEDULE, TOP, model_class
 from nestnet.sampling import Context, Sampler, on_shards, sampler
@@ -37,15 +37,19 @@ class Run:
 
   Attributes:
     config: The resolved config, plain and JSON-able.
-    dataset: Where the images come from.
+    dataset: Where the images or the text come from.
     batches: This process's share of the training batches.
     phases: What the loop does; the last one's supernet is the family that is evaluated.
   """
 
   config: dict[str, Any]
-  dataset: Dataset
+  dataset: Dataset | Text
   batches: Batches
   phases: tuple[training.Phase, ...]
+
+  @property
+  def task(self) -> Task:
+    return TASKS[self.dataset.task]
 
   @property
   def step(self) -> Step:
@@ -79,12 +83,9 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
   """
   config = plain(config)
   _check(config)
-  data = config["data"]
-  dataset = load(data["name"], data.get("data_dir") or None)
-  for key, there in (("shape", list(dataset.shape)), ("classes", dataset.classes)):
-    if data.get(key) not in (None, there):
-      raise UserError(f"config.data.{key}: got {data[key]}, allowed is {there}, as the images of "
-                      f"{data['name']} have it")
+  dataset = data_of(config)
+  # Of data that may differ from machine to machine the run says which it saw.
+  config["data"] |= dataset.recorded
   here = make_mesh(mesh or config["mesh"])
   if mesh is None:
     # What -1 stood for is written out: who opens the run elsewhere knows how many data shards drew.
@@ -93,11 +94,38 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
   return Run(config, dataset, _batches(config, dataset, here), phases)
 
 
+def data_of(config: Mapping[str, Any]) -> Dataset | Text:
+  """The data set of a config.
+
+  Raises:
+    ValueError: As `data.load`, or it is not what the config states of it.
+    FileNotFoundError: It is not there.
+  """
+  data = config["data"]
+  dataset = load(data["name"], data.get("data_dir") or None, length=data.get("length") or 0,
+                 tokenizer=data.get("tokenizer") or "")
+  for key, there in dataset.facts.items():
+    if data.get(key) not in (None, there):
+      raise UserError(f"config.data.{key}: got {data[key]}, allowed is {there}, as "
+                      f"{data['name']} has it here")
+  return dataset
+
+
+def _stated(data: Mapping[str, Any]) -> Dataset | Text | None:
+  """The data set without its examples, where a config states enough of it."""
+  if data.get("shape") and data.get("classes"):
+    return Dataset(data["name"], data["classes"], tuple(data["shape"]), {})
+  if data.get("length") and data.get("vocab"):
+    return Text(data["name"], data["length"], data["vocab"], {})
+  return None
+
+
 def planned(config: Mapping[str, Any], devices: Sequence[Any]
             ) -> tuple[tuple[training.Phase, ...], dict[str, jax.ShapeDtypeStruct]]:
   """What a run would do on devices that need not be here: its phases, and a batch in the abstract.
 
-  Nothing is read of the data set where the config states `data.shape` and `data.classes`.
+  Nothing is read of the data set where the config states `data.shape` and `data.classes`, or
+  `data.length` and `data.vocab`.
 
   Raises:
     ValueError: As `build`.
@@ -105,19 +133,16 @@ def planned(config: Mapping[str, Any], devices: Sequence[Any]
   """
   config = plain(config)
   _check(config)
-  data, size = config["data"], config["train"]["batch_size"]
-  if data.get("shape") and data.get("classes"):
-    dataset = Dataset(data["name"], data["classes"], tuple(data["shape"]), {})
-  else:
-    dataset = load(data["name"], data.get("data_dir") or None)
+  size = config["train"]["batch_size"]
+  dataset = _stated(config["data"]) or data_of(config)
   mesh = make_mesh(config["mesh"], devices)
   config["mesh"] = dict(mesh.shape)
   phases = _phases(config, dataset, mesh)
   laid = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-  return phases, {"image": laid((size, *dataset.shape), jnp.float32), "label": laid((size,), jnp.int32)}
+  return phases, {name: laid((size, *shape), kind) for name, (shape, kind) in dataset.entries.items()}
 
 
-def _phases(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, trains: bool = True
+def _phases(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Mesh, trains: bool = True
             ) -> tuple[training.Phase, ...]:
   size, parts = config["train"]["batch_size"], config["train"].get("accumulate", 1)
   if size % (batch_shards(mesh) * parts):
@@ -207,8 +232,11 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _check_data(data: Mapping[str, Any]) -> None:
-  """What a config may state of its data set: the shape of an image, the number of classes."""
+  """What a config may state of its data set: the shape of an image, the number of classes or tokens."""
   shape, classes = data.get("shape"), data.get("classes")
+  for key in ("length", "vocab"):
+    if (value := data.get(key)) is not None and not (isinstance(value, int) and value > 0):
+      raise UserError(f"config.data.{key}: got {value}, allowed is a whole number of at least 1")
   if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(
       isinstance(n, int) and n > 0 for n in shape)):
     raise UserError(f"config.data.shape: got {shape}, allowed is (height, width, channels)")
@@ -241,16 +269,17 @@ def _rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
                   **{k: optim[k] for k in SCHEDULE if k in optim})
 
 
-def _step(config: dict[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh, rate: optax.Schedule,
+def _step(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Mesh, rate: optax.Schedule,
           phase: tuple[int, int], trains: bool) -> Step:
   """The step of a phase, given its learning rate, and its own first step and number of steps."""
-  supernet = _supernet(config, dataset)
   recipe, seed = config["recipe"], config.get("seed", 0)
+  minimised = _objective(recipe["objective"], dataset)
+  supernet = _supernet(config, dataset)
   optim = {k: v for k, v in config["optim"].items() if k not in RATE}
   shards = config["mesh"].get("data", 1) if config["train"].get("per_shard_subnets") else 1
   made = Recipe(
     _sampler(recipe["sampler"], supernet.space, seed, shards, Context(*phase, _cost(supernet))),
-    objective(**recipe["objective"]),
+    minimised,
     **{k: recipe[k] for k in ("teacher", "ema", "select", "judge", "untouched") if k in recipe})
   if optim.get("coupled") and made.untouched == "decay_only":
     raise UserError("config.recipe.untouched=decay_only with config.optim.coupled=True, whose decay is a part of "
@@ -280,13 +309,24 @@ def _sampler(options: Mapping[str, Any], space: Space, seed: int, shards: int, c
   return on_shards([sampler(name, space, seed * shards + k, **options) for k in range(shards)])
 
 
-def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
+def _objective(options: Mapping[str, Any], dataset: Dataset | Text) -> Objective:
+  made = objective(**options)
+  if missing := [name for name in made.needs if name not in dataset.entries]:
+    raise UserError(f"config.recipe.objective.name={options['name']} learns from {', '.join(made.needs)}; "
+                    f"{dataset.name} has {', '.join(dataset.entries)}, no {missing[0]}; allowed with it: "
+                    f"{TASKS[dataset.task].objective}")
+  return made
+
+
+def _supernet(config: dict[str, Any], dataset: Dataset | Text) -> Supernet:
   fields = dict(config["model"])
   name = fields.pop("name")
   made = model_class(name)
   check_fields(fields, made)
-  if "classes" in {f.name for f in dataclasses.fields(made)}:
-    fields.setdefault("classes", dataset.classes)
+  for key, size in dataset.sizes.items():
+    if key in {f.name for f in dataclasses.fields(made)} and fields.setdefault(key, size) < size:
+      raise UserError(f"config.model.{key}: got {fields[key]}, allowed is at least {size}, as {dataset.name} "
+                      "has it; or leave it out")
   model = make_module(made, {k: v for k, v in fields.items() if v is not None})
   # What could not be written at extraction is said before training.
   module_fields(model)
@@ -295,7 +335,8 @@ def _supernet(config: dict[str, Any], dataset: Dataset) -> Supernet:
     member = space.subnet(config["recipe"]["subnet"])
     model = module_of(model, member)
     space = Space(couple={" ".join(member): [tuple(member.values())]})
-  return _shared_supernet(model, space, (jax.ShapeDtypeStruct((1, *dataset.shape), jnp.float32),))
+  one = {name: jax.ShapeDtypeStruct((1, *shape), kind) for name, (shape, kind) in dataset.entries.items()}
+  return _shared_supernet(model, space, (jax.eval_shape(TASKS[dataset.task].inputs, one),))
 
 
 # Runs that differ in seed or recipe share one: checking its members takes about a second.
@@ -329,7 +370,7 @@ def plain(config: Any) -> Any:
   return [plain(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
-def _batches(config: Mapping[str, Any], dataset: Dataset, mesh: jax.sharding.Mesh) -> Batches:
+def _batches(config: Mapping[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Mesh) -> Batches:
   data = config["data"]
   return Batches(dataset, "train", config["train"]["batch_size"], config.get("seed", 0),
                  augmentation(data.get("augment", "none")), *batch_part(mesh))

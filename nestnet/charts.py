@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 import io
 import itertools
+import math
 import os
 import statistics
 import textwrap
@@ -15,6 +16,7 @@ from matplotlib import text
 from matplotlib import ticker
 
 from nestnet import files
+from nestnet import metrics
 from nestnet import report
 from nestnet.subnet import folded
 
@@ -29,7 +31,7 @@ def pareto_chart(
     path: str | os.PathLike[str], rows: Sequence[report.Row], cost: str = "params",
     metric: str = "accuracy", title: str = "One network, many sizes", budget: str = "",
     found: str = "") -> None:
-  """Draws accuracy against cost for every subnet, and the front of the best.
+  """Draws accuracy, or another metric, against cost for every subnet, and the front of the best.
 
   Where every row has the metric on the validation split too (`validation_accuracy`), that decides
   which subnets are the front.
@@ -38,7 +40,7 @@ def pareto_chart(
     path: the PNG to replace.
     rows: at least one row.
     cost: key of the horizontal axis, logarithmic if the rows span more than a factor of 10.
-    metric: key of the vertical axis, a fraction shown in percent.
+    metric: key of the vertical axis; `nestnet.metrics` says how it is shown, and which end is the best.
     title: heading.
     budget: caption: what was spent on these numbers (steps, images, training FLOPs, seeds).
     found: text of the subnet that is marked as found; none by default.
@@ -53,24 +55,27 @@ def _pareto(rows: Sequence[report.Row], cost: str, metric: str, found: str) -> f
   if not rows:
     raise ValueError("a chart needs at least one row, got none")
   front, best = _front(rows, cost, metric)
+  measured = metrics.of(metric)
   chart = figure.Figure(figsize=(7.2, 4.6), layout="constrained")
   axes = chart.subplots()
   for subset, style, look in (
       (rows, "o", dict(color=_GREY, alpha=0.55, markersize=5, label=f"subnets ({len(rows)})")),
       (front, "o-", dict(color=_COLOURS[0], linewidth=1.6, label=best))):
-    axes.plot([row[cost] for row in subset], [100 * row[metric] for row in subset], style,
+    axes.plot([row[cost] for row in subset], [measured.scale * row[metric] for row in subset], style,
               markeredgewidth=0, **look)
   costs = [row[cost] for row in rows]
   _cost_axis(axes, _NAMES.get(cost, cost.replace("_", " ")), log=max(costs) > 10 * min(costs))
-  axes.set_ylabel(f"{metric.replace('_', ' ')} (%)")
+  axes.set_ylabel(f"{metric.replace('_', ' ')}{measured.note}")
   smallest, largest = (pick(rows, key=lambda row: row[cost]) for pick in (min, max))
   labels = [_label(axes, smallest, cost, metric, "smallest")]
   if len(rows) > 1:
     labels.append(_label(axes, largest, cost, metric, "largest"))
   for row in (row for row in rows if row["subnet"] == found):
-    axes.plot(row[cost], 100 * row[metric], "*", color=_COLOURS[1], markersize=13,
+    axes.plot(row[cost], measured.scale * row[metric], "*", color=_COLOURS[1], markersize=13,
               label=f"found: {_point(row, cost, metric)}")
-  legend = axes.legend(loc="lower right", frameon=False, fontsize=9)
+  # The better of the larger members leave this corner free.
+  corner = "upper right" if measured.lower_is_better else "lower right"
+  legend = axes.legend(loc=corner, frameon=False, fontsize=9)
   # Room above and below the points, where neither covers any of them.
   lines = max(len(legend.get_texts()), *(label.get_text().count("\n") + 1 for label in labels))
   axes.margins(y=lines / 8)
@@ -80,10 +85,10 @@ def _pareto(rows: Sequence[report.Row], cost: str, metric: str, found: str) -> f
 def compare_chart(
     path: str | os.PathLike[str], results: Sequence[report.Result],
     title: str = "Accuracy against size", caption: str = "") -> None:
-  """Draws accuracy against parameters, one panel for each budget, one line for each recipe.
+  """Draws accuracy, or another metric, against parameters: a panel for each budget, a line for each recipe.
 
-  Bars are 95% intervals over seeds. Where a few points lie so low that the others could not be told
-  apart, the panels end above them and name their values at the lower edge.
+  Bars are 95% intervals over seeds. Where a few points are so bad that the others could not be told
+  apart, the panels end before them and name their values at that edge.
 
   Args:
     path: the PNG to replace.
@@ -96,9 +101,12 @@ def compare_chart(
   """
   grids = report.by_budget(results)
   recipes = list(dict.fromkeys(result.recipe for result in results))
-  lines = {(budget, recipe): [(result.params, *_percent(result)) for result in grid.of(recipe)]
+  lines = {(budget, recipe): [(result.params, *_shown(result)) for result in grid.of(recipe)]
            for budget, grid in grids.items() for recipe in grid.recipes}
-  floor, top = _limits(grids.values())
+  metric = next(iter(grids.values())).metric
+  limits = _limits(grids.values())
+  # The end of the panel where the worst are, and how a value behind it is marked.
+  worst, mark = (max(limits), "▴") if metric.lower_is_better else (min(limits), "▾")
   chart = figure.Figure(figsize=(max(6.4, 4.6 * len(grids)), 5), layout="constrained")
   # A figure of its own for panels and legend: in one figure, legend and caption would overlap.
   body = chart.subfigures()
@@ -108,7 +116,7 @@ def compare_chart(
     _cost_axis(axes, "parameters of the subnet", log=True)
     axes.set_title(report.sentence(budget), fontsize=11)
     dodges = _dodges([size[0] for size in grid.sizes], len(recipes))
-    row = 0.02
+    row, rise = (0.95, -0.045) if metric.lower_is_better else (0.02, 0.045)
     for index, recipe in enumerate(recipes):
       if recipe not in grid.recipes:
         continue
@@ -118,18 +126,18 @@ def compare_chart(
       handles[recipe.replace("_", " ")] = axes.errorbar(
           costs, means, halves, color=colour, marker=_MARKERS[index % len(_MARKERS)], markersize=5,
           linewidth=1.4, elinewidth=1, capsize=2.5)
-      below = [(cost, mean) for cost, mean in zip(costs, means) if mean < floor]
-      for cost, mean in below:
-        axes.text(cost, row, f"▾{mean:.0f}", color=colour, fontsize=8, ha="center",
-                  transform=axes.get_xaxis_transform())
-      if below:
-        row, cut = row + 0.045, True
-  panels[0].set_ylim(floor if cut else None, top)
-  panels[0].set_ylabel("test accuracy (%)")
+      beyond = [(cost, mean) for cost, mean in zip(costs, means) if metric.score(mean) < metric.score(worst)]
+      for cost, mean in beyond:
+        axes.text(cost, row, f"{mark}{mean:.{max((metric.decimals or 1) - 1, 0)}f}", color=colour, fontsize=8,
+                  ha="center", transform=axes.get_xaxis_transform())
+      if beyond:
+        row, cut = row + rise, True
+  panels[0].set_ylim(*(end if cut or end != worst else None for end in limits))
+  panels[0].set_ylabel(f"test {metric.title}{metric.note}")
   panels[0].yaxis.set_major_locator(ticker.MaxNLocator(7, steps=(1, 2, 5, 10)))
   body.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False,
               ncols=min(len(handles), 2 * len(grids)), fontsize=9)
-  note = "▾ marks means below the panel." if cut else ""
+  note = f"{mark} marks means {'above' if metric.lower_is_better else 'below'} the panel." if cut else ""
   _finish(chart, path, title, " ".join(filter(None, (caption, note))))
 
 
@@ -141,20 +149,29 @@ def _front(rows: Sequence[report.Row], cost: str, metric: str) -> tuple[list[rep
   return report.pareto(rows, cost, metric), "best at their cost"
 
 
-def _percent(result: report.Result) -> tuple[float, float]:
+def _shown(result: report.Result) -> tuple[float, float]:
+  """The mean over seeds and the half-width of its interval, as they are drawn."""
+  scale = metrics.of(result.metric).scale
   mean, half = report.interval(result.accuracies)
-  return 100 * mean, 100 * half
+  return scale * mean, scale * half
 
 
 def _limits(grids: Iterable[report.Grid]) -> tuple[float, float]:
-  """The lowest and highest percent to show: all that the better half of the recipes reach, and the upper
+  """The lowest and highest value to show: all that the better half of the recipes reach, and the better
   ends of their bars unless these would make the lines small."""
-  rows = [list(grid.row(size, _percent).values()) for grid in grids for size in grid.sizes]
+  grids = list(grids)
+  metric = grids[0].metric
+  rows = [[(metric.score(mean), half) for mean, half in grid.row(size, _shown).values()]
+          for grid in grids for size in grid.sizes]
   highest = max(mean for row in rows for mean, _ in row)
   lowest = min(statistics.median_high(mean for mean, _ in row) for row in rows)
-  spread = max(highest - lowest, 2)
+  spread = max(highest - lowest, 0.02 * metric.scale)
   ends = [mean + half for row in rows for mean, half in row if half < spread]
-  return lowest - 0.5 * spread, min(max([highest, *ends]) + 0.2 * spread, 100 + 0.03 * spread)
+  # No accuracy is above 100%.
+  most = 100 + 0.03 * spread if metric.unit == "%" else math.inf
+  low, high = sorted(map(metric.value, (
+      lowest - 0.5 * spread, min(max([highest, *ends]) + 0.2 * spread, most))))
+  return low, high
 
 
 def _dodges(costs: Sequence[int], count: int) -> list[float]:
@@ -175,19 +192,22 @@ def _cost_axis(axes: mpl_axes.Axes, name: str, log: bool) -> None:
 
 
 def _point(row: report.Row, cost: str, metric: str) -> str:
-  return f"{report.human(row[cost])} {_NAMES.get(cost, cost.replace('_', ' '))}, {100 * row[metric]:.1f}%"
+  name = _NAMES.get(cost, cost.replace("_", " "))
+  return f"{report.human(row[cost])} {name}, {metrics.of(metric).text(row[metric])}"
 
 
 def _label(
     axes: mpl_axes.Axes, row: report.Row, cost: str, metric: str, which: str) -> text.Annotation:
-  """Names the smallest subnet below all points, the largest above them."""
-  low = which == "smallest"
+  """Names the smallest subnet on the left, the largest on the right, clear of all points."""
+  measured, left = metrics.of(metric), which == "smallest"
+  # Where larger members are better they stand high, and the smallest is named below all points.
+  low = left != measured.lower_is_better
   # Beside the legend a line has room for so many characters.
   fields = textwrap.fill(folded(row["subnet"]).replace(",", ", "), 44, max_lines=3, placeholder=" ...")
   return axes.annotate(
       f"{which}: {_point(row, cost, metric)}\n{fields}",
-      xy=(row[cost], 100 * row[metric]), xytext=(0.02 if low else 0.98, 0.03 if low else 0.97),
-      textcoords="axes fraction", ha="left" if low else "right", va="bottom" if low else "top",
+      xy=(row[cost], measured.scale * row[metric]), xytext=(0.02 if left else 0.98, 0.03 if low else 0.97),
+      textcoords="axes fraction", ha="left" if left else "right", va="bottom" if low else "top",
       fontsize=8, linespacing=1.4, arrowprops=dict(arrowstyle="-", color=_GREY, linewidth=0.8))
 
 

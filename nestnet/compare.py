@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from nestnet import build, charts, cli, evaluation, report, runs
+from nestnet import build, charts, cli, evaluation, metrics, report, runs
 from nestnet.errors import UserError, one_of
 from nestnet.files import atomic_write
 from nestnet.jobs import BASELINE, Task, train_all
@@ -118,7 +118,10 @@ def _families(configs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], lis
     whole = config
     if config["recipe"]["name"] == BASELINE:
       whole = config | {"recipe": {k: v for k, v in config["recipe"].items() if k != "subnet"}}
-    space = build.build(whole).supernet.space
+    run = build.build(whole)
+    space = run.supernet.space
+    # With what a run records of its data, so that a folder is of the same one.
+    config = config | {"data": run.config["data"]}
     if not space.pool and space.size > FIXED_LIMIT:
       raise UserError(f"the space of {config['recipe']['name']} has {space.size} members and no pool; "
                       f"name the sizes to compare in space.pool (at most {FIXED_LIMIT} without one)")
@@ -249,21 +252,22 @@ def gather(tasks: Sequence[Task], budgets: Sequence[str] = BUDGETS) -> list[dict
       for recipe in dict.fromkeys(task.recipe for task in mine):
         for size in family:
           cells = {t.seed: rows[t.workdir][size] for t in mine if t.recipe == recipe and size in t.sizes}
+          metric = metrics.main(cells[min(cells)]).name
           records.append({
             "family": list(family), "budget": budget, "recipe": recipe, "subnet": size,
             **{key: cells[min(cells)][key] for key in ("params", "flops")}, "seeds": sorted(cells),
             **{key: [cells[seed][key] for seed in sorted(cells)] for key in (
-              "accuracy", "validation_accuracy", "steps", "train_flops", "seconds")}})
+              metric, f"validation_{metric}", "steps", "train_flops", "seconds")}})
   return records
 
 
 def result(record: Mapping[str, Any]) -> report.Result:
   """A record as tables and charts take it; steps and FLOPs are means over seeds."""
-  mean = lambda values: sum(values) / len(values)
+  mean, metric = lambda values: sum(values) / len(values), metrics.main(record).name
   return report.Result(
     recipe=record["recipe"], budget=record["budget"], subnet=record["subnet"], params=record["params"],
-    flops=record["flops"], accuracies=tuple(record["accuracy"]),
-    train_flops=mean(record["train_flops"]), steps=round(mean(record["steps"])))
+    flops=record["flops"], accuracies=tuple(record[metric]),
+    train_flops=mean(record["train_flops"]), steps=round(mean(record["steps"])), metric=metric)
 
 
 def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: Sequence[Task],
@@ -281,6 +285,8 @@ def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: 
            f"- {hardware()}",
            f"- {_minutes(tasks)} of training and evaluation, added over the runs; {jobs} at a time",
            "- Steps and training FLOPs of recipes that draw at random are means over seeds."]
+  if "sha256" in config["data"]:
+    text.append(f"- {config['data']['name']}: sha256 {config['data']['sha256']}")
   for number, family in enumerate(dict.fromkeys(task.family for task in tasks)):
     results = [result(record) for record in records if tuple(record["family"]) == family]
     axes = ", ".join(_kinds(family))
@@ -290,7 +296,8 @@ def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: 
     part = [report.compare_table(results)]
     if BASELINE in {r.recipe for r in results} and len({r.recipe for r in results}) > 1:
       part.append(report.difference_table(results, BASELINE))
-    text += ["", f"## Sizes along {axes}", "", f"![Accuracy against size]({chart.name})", "", *(
+    title = report.sentence(metrics.of(results[0].metric).title)
+    text += ["", f"## Sizes along {axes}", "", f"![{title} against size]({chart.name})", "", *(
       "\n\n".join(part).split("\n"))]
     tables += [f"## Sizes along {axes}", *part]
   atomic_write(page, "\n".join(text) + "\n")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from nestnet import build, cost, evaluation, hlo, tpus
+from nestnet.evaluators import TASKS
 from nestnet.sampling import Term
 from nestnet.gradients import Program
 from nestnet.steps import Step
@@ -37,9 +38,9 @@ def compile_config(config: Mapping[str, Any], where: tpus.Topology, devices: Seq
     say: Called with a line about each program.
 
   Returns:
-    `name`, `topology`, `chips`, `hbm` (bytes a chip), `mesh`, `batch_size`, `programs` (what
-    `compile_step` returns for each phase) and `subnets` (`subnet`, `params`, `flops` of an image
-    forward, `train_flops` of a chip for its share of a batch).
+    `name`, `topology`, `chips`, `hbm` (bytes a chip), `example` (what one input is called), `mesh`,
+    `batch_size`, `programs` (what `compile_step` returns for each phase) and `subnets` (`subnet`, `params`,
+    `flops` of an input forward, `train_flops` of a chip for its share of a batch).
   """
   phases, batch = build.planned(config, devices)
   size, programs, members = config["train"]["batch_size"], [], {}
@@ -50,14 +51,15 @@ def compile_config(config: Mapping[str, Any], where: tpus.Topology, devices: Seq
   return {
     "name": ", ".join(config[group].get("name", "") for group in ("data", "model", "recipe")),
     "topology": where.name, "chips": where.chips, "hbm": where.chip.hbm,
+    "example": next(task.example for task in TASKS.values() if task.reads in batch),
     "mesh": dict(phases[0].step.mesh.shape), "batch_size": size, "programs": programs,
     "subnets": [_member(supernet, name, size / where.chips) for name, supernet in members.items()]}
 
 
-def _member(supernet: Any, name: str, images: float) -> dict[str, Any]:
+def _member(supernet: Any, name: str, inputs: float) -> dict[str, Any]:
   subnet = supernet.space.subnet(name)
   train = evaluation.member_flops(supernet)(subnet, True)
-  return {"subnet": name, **evaluation.costs(supernet, subnet), "train_flops": train * images}
+  return {"subnet": name, **evaluation.costs(supernet, subnet), "train_flops": train * inputs}
 
 
 def compile_step(step: Step, batch: Mapping[str, jax.ShapeDtypeStruct], where: tpus.Topology,

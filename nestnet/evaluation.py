@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,12 +12,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from nestnet import processes, report
+from nestnet import metrics, processes, report
 from nestnet.build import Run
 from nestnet.calibrate import calibrate, calibrate_all, normalises
 from nestnet.data import Batches, arrays, augmentation
 from nestnet.errors import UserError
-from nestnet.evaluators.classification import classification, classification_all
+from nestnet.evaluators import TASKS, Task
 from nestnet.execution import Supernet, resized
 from nestnet.logs import Progress
 from nestnet.models.convolution import STATISTICS
@@ -57,10 +58,11 @@ def evaluated(space: Space) -> list[Subnet]:
 
 def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Sequence[str] = (
     "validation", "test"), show_progress: bool = False, expected: int = 0) -> list[dict[str, Any]]:
-  """Rows of `subnets.json`: `subnet`, `params`, `flops` of an image, metrics, and their budget.
+  """Rows of `subnets.json`: `subnet`, `params`, `flops` of an input, metrics, and their budget.
 
-  Metrics of the test split have plain names (`accuracy`), those of others a prefix
-  (`validation_accuracy`). Members with batch normalisation are calibrated before, on as many training
+  Metrics of the test split have plain names (`accuracy`, `bits_per_byte`), those of others a prefix
+  (`validation_accuracy`). Splits are evaluated on `config.eval.examples` of their examples, by default on
+  all. Members with batch normalisation are calibrated before, on as many training
   images as `calibration_images` says. Processes share the members out, and each gets all rows.
 
   Few members are a program each. Many are data to one program, where that is possible, which is compiled
@@ -74,7 +76,7 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
     show_progress: Whether to show it.
     expected: How many members will be evaluated in all, where these are a part of them.
   """
-  data = {split: arrays(run.dataset, split) for split in splits}
+  data, task = {split: held(run, split) for split in splits}, run.task
   spent, state = budget(run, int(state.step)), local(state)
   subnets, images = list(subnets), calibration(run, run.supernet)
   if images:
@@ -83,11 +85,11 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
   share = subnets[jax.process_index()::jax.process_count()]
   progress = Progress(len(share), label="evaluate") if show_progress and processes.first() else None
   rows = []
-  found = _together(one, state, share, images, data) if one else (
-    _metrics(*member(run.step, state, subnet, images), data, subnet) for subnet in share)
-  for subnet, metrics in zip(share, found):
+  found = _together(task, one, state, share, images, data) if one else (
+    _metrics(task, *member(run.step, state, subnet, images), data, subnet) for subnet in share)
+  for subnet, measured in zip(share, found):
     row = {"subnet": str(subnet), **costs(run.supernet, subnet)}
-    rows.append(row | metrics | spent)
+    rows.append(row | measured | spent)
     if progress:
       progress.update(len(rows), rows[-1])
   if progress:
@@ -111,8 +113,8 @@ def _as_data(step: Step, members: int) -> OneProgram | None:
   return one
 
 
-def _together(one: OneProgram, state: TrainState, subnets: Sequence[Subnet], images: Sequence[np.ndarray],
-              data: Mapping[str, Any]) -> Iterator[dict[str, float]]:
+def _together(task: Task, one: OneProgram, state: TrainState, subnets: Sequence[Subnet],
+              images: Sequence[np.ndarray], data: Mapping[str, Any]) -> Iterator[dict[str, float]]:
   """Metrics of each member; so many are calibrated and evaluated at once that memory holds them."""
   variables = {"params": state.trained["model"], **state.fixed}
   for start in range(0, len(subnets), TOGETHER):
@@ -121,13 +123,18 @@ def _together(one: OneProgram, state: TrainState, subnets: Sequence[Subnet], ima
     vectors = np.stack([one.vector(some[min(i, len(some) - 1)]) for i in range(TOGETHER)])
     statistics = calibrate_all(one, variables, vectors, images) if images else {}
     found = _on_splits(
-      data, lambda examples: classification_all(one, variables, statistics, vectors, examples))
+      data, lambda examples: task.evaluate_all(one, variables, statistics, vectors, examples))
     yield from ({name: float(values[i]) for name, values in found.items()} for i in range(len(some)))
 
 
-def _metrics(module: nn.Module, variables: Mapping[str, Any], data: Mapping[str, Any], subnet: Subnet
-             ) -> dict[str, float]:
-  return _on_splits(data, lambda examples: classification(module, variables, examples, subnet))
+def held(run: Run, split: str) -> dict[str, np.ndarray]:
+  """What a split is evaluated on."""
+  return arrays(run.dataset, split, (run.config.get("eval") or {}).get("examples") or 0)
+
+
+def _metrics(task: Task, module: nn.Module, variables: Mapping[str, Any], data: Mapping[str, Any],
+             subnet: Subnet) -> dict[str, float]:
+  return _on_splits(data, lambda examples: task.evaluate(module, variables, examples, subnet))
 
 
 def _on_splits(data: Mapping[str, Any], evaluator: Callable[[Any], Iterable[tuple[str, Any]]]
@@ -189,7 +196,7 @@ def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence
     raise UserError(f"batches for calibration: got {list(counts)}, allowed are whole numbers of at least 0")
   counts = [int(count) for count in counts]
   state, supernet = local(state), run.supernet
-  data = {split: arrays(run.dataset, split) for split in splits}
+  data = {split: held(run, split) for split in splits}
   images = calibration(run, supernet, max(*counts, 1))
   if not images:
     raise UserError(f"{type(supernet.model).__name__} has no batch normalisation to calibrate; allowed is "
@@ -202,17 +209,17 @@ def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence
       variables |= supernet.cut({STATISTICS: largest[STATISTICS]}, subnet)
     rows.append({"subnet": str(subnet), "calibration_batches": count,
                  "calibration_images": sum(map(len, images[:count]))} |
-                _metrics(module, variables, data, subnet))
+                _metrics(run.task, module, variables, data, subnet))
   return rows
 
 
 def costs(supernet: Supernet, subnet: Subnet) -> dict[str, int]:
-  """Parameters, and FLOPs of one image's forward pass."""
+  """Parameters, and FLOPs of one input's forward pass: of an image, or of a window of text."""
   return shared(supernet).costs(subnet)
 
 
 def budget(run: Run, steps: int) -> dict[str, Any]:
-  """What the first `steps` steps took: images seen, FLOPs of all passes of the network, the seed.
+  """What the first `steps` steps took: images or tokens seen, FLOPs of all passes of the network, the seed.
 
   FLOPs of a phase of more than 4,000 steps are those of so many of them, evenly spaced, in proportion.
   """
@@ -221,7 +228,8 @@ def budget(run: Run, steps: int) -> dict[str, Any]:
     count = min(max(steps - start, 0), phase.steps)
     flops += _flops(phase.step, start, count)
     start += phase.steps
-  return {"steps": steps, "images": steps * batch_size, "train_flops": int(flops * batch_size),
+  seen = run.task.count({name: shape for name, (shape, _) in run.dataset.entries.items()})
+  return {"steps": steps, run.task.counted: steps * batch_size * seen, "train_flops": int(flops * batch_size),
           "seed": run.config.get("seed", 0)}
 
 
@@ -268,7 +276,8 @@ def member_flops(supernet: Supernet) -> Callable[[Subnet, bool], int]:
 
 def budget_text(row: Mapping[str, Any]) -> str:
   """One line about what a row's network took to train."""
-  return (f"{row['steps']} steps, {report.human(row['images'])} images, "
+  counted = next(task.counted for task in TASKS.values() if task.counted in row)
+  return (f"{row['steps']} steps, {report.human(row[counted])} {counted}, "
           f"{report.human(row['train_flops'])} training FLOPs, seed {row['seed']}")
 
 
@@ -283,8 +292,9 @@ def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """The columns of rows that a table of accuracies shows."""
-  columns = ("subnet", "params", "flops", "latency_ms", "validation_accuracy", "accuracy")
+  """The columns of rows that a table of them shows."""
+  measured = itertools.chain(*((f"validation_{metric.name}", metric.name) for metric in metrics.MAIN))
+  columns = ("subnet", "params", "flops", "latency_ms", *measured, metrics.PERPLEXITY.name)
   return [{c: row[c] for c in columns if c in row} for row in rows]
 
 
@@ -294,12 +304,12 @@ def title(run: Run) -> str:
 
 
 def watch(run: Run, step: Step, state: TrainState) -> dict[str, float]:
-  """Validation accuracy of the extremes while training; nothing in a process that does not write."""
+  """Validation metrics of the extremes while training; nothing in a process that does not write."""
   state = local(state)
   if not processes.first():
     return {}
-  examples, space = arrays(run.dataset, "validation"), step.supernet.space
+  examples, space = held(run, "validation"), step.supernet.space
   images = calibration(run, step.supernet)
   return {f"{which}_validation_{name}": value
           for which, subnet in (("largest", space.largest), ("smallest", space.smallest))
-          for name, value in classification(*member(step, state, subnet, images), examples, subnet)}
+          for name, value in run.task.evaluate(*member(step, state, subnet, images), examples, subnet)}

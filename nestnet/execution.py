@@ -53,6 +53,8 @@ class Supernet:
         if reach(axis, choice) > reach(axis, self.space.largest.chosen[axis]):
           raise UserError(f"the largest of the space, {self.space.largest}, does not contain "
                           f"{axis}={choice}")
+    if hasattr(self.model, "check_space"):
+      self.model.check_space(self.space)
     for member in {self.space.smallest, self.space.largest, *self.space.pool}:
       self.check(member)
     if "batch_stats" in self.shapes:

@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nestnet import cost, evaluation, provenance, report, runs
+from nestnet import cost, evaluation, metrics, provenance, report, runs
 from nestnet.build import Run
 from nestnet.calibrate import average, moments
-from nestnet.data import arrays
 from nestnet.errors import Failure, UserError
-from nestnet.evaluators.classification import batches
 from nestnet.execution import Runnable, resized
 from nestnet.interop.folder import load, save
 from nestnet.models.convolution import STATISTICS
@@ -30,10 +28,10 @@ TOLERANCE = 1e-5
 
 
 def choose(rows: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> Mapping[str, Any]:
-  """The row of best validation accuracy among those within every budget; the smaller of equals.
+  """The row that is best on the validation split among those within every budget; the smaller of equals.
 
   Args:
-    rows: Evaluated sub-networks, as in `subnets.json`.
+    rows: Evaluated sub-networks, as in `subnets.json`; their accuracy decides, or what they have for it.
     budgets: Limits by column, such as `{"params": 100_000}`.
 
   Raises:
@@ -44,26 +42,29 @@ def choose(rows: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> M
     >>> choose(rows, {"params": 15})["params"]
     10
   """
-  if not all("validation_accuracy" in row for row in rows) or not rows:
-    raise UserError("the evaluated sub-networks have no validation accuracy to choose by; evaluate anew: "
-                    "python -m experiments.evaluate")
+  metric = metrics.main(rows[0]) if rows else metrics.ACCURACY
+  column = f"validation_{metric.name}"
+  if not all(column in row for row in rows) or not rows:
+    raise UserError(f"the evaluated sub-networks have no validation {metric.title} to choose by; evaluate "
+                    "anew: python -m experiments.evaluate")
   fitting = [r for r in rows if all(r[name] <= limit for name, limit in budgets.items())]
   if not fitting:
     wanted = ", ".join(f"{name} of at most {limit:g}" for name, limit in budgets.items())
     cheapest = ", ".join(f"{name} {min(r[name] for r in rows):g}" for name in budgets)
     raise UserError(f"no evaluated sub-network has {wanted}; the cheapest: {cheapest}")
-  return max(fitting, key=lambda r: (r["validation_accuracy"], -r["params"]))
+  return max(fitting, key=lambda r: (metric.score(r[column]), -r["params"]))
 
 
 def latencies(run: Run, state: TrainState, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """The rows with `latency_ms`, the median time of one image on the present device."""
-  image = jnp.zeros((1, *run.dataset.shape), jnp.float32)
+  """The rows with `latency_ms`, the median time of one input on the present device."""
+  inputs = [jnp.zeros(x.shape, x.dtype) for x in run.supernet.inputs]
   # Any statistics take the time of the right ones.
   images, timed = [x[:1] for x in evaluation.calibration(run, run.supernet, 1)], []
   for row in rows:
     subnet = run.supernet.space.subnet(row["subnet"])
     module, variables = evaluation.member(run.step, state, subnet, images)
-    timed.append({**row, "latency_ms": cost.latency(module.apply, variables, resized(image, subnet)).median})
+    seen = [resized(x, subnet) for x in inputs]
+    timed.append({**row, "latency_ms": cost.latency(module.apply, variables, *seen).median})
   return timed
 
 
@@ -76,14 +77,14 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
     workdir: A run with a checkpoint.
     out: The folder to write; an extracted network that stands there is replaced.
     subnet: Which one, as text; axes left out are as large as they may be.
-    max_params: Largest number of parameters; without `subnet`, the most accurate evaluated one
-      (validation split) within all given budgets is taken.
-    max_flops: Largest number of FLOPs for an image.
-    max_latency_ms: Longest median time of an image on the present device, in milliseconds.
+    max_params: Largest number of parameters; without `subnet`, the best evaluated one (validation
+      split) within all given budgets is taken.
+    max_flops: Largest number of FLOPs for an input: an image, or a window of text.
+    max_latency_ms: Longest median time of an input on the present device, in milliseconds.
 
   Returns:
     Its row, and the largest difference of logits between the folder's network and the slice in
-    place, on validation images.
+    place, on validation data.
 
   Raises:
     ValueError: Nothing fits the budgets, or the sub-network is outside the space.
@@ -134,15 +135,16 @@ def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLik
   Raises:
     Failure: They differ by more than 1e-5 of the largest logit.
   """
-  images = resized(next(batches(arrays(run.dataset, "validation")["image"][:VERIFIED])), subnet)
+  some = {name: values[:VERIFIED] for name, values in evaluation.held(run, "validation").items()}
+  inputs = resized(run.task.first(some), subnet)
   module, variables = load(folder, type(run.supernet.model))
-  alone = jax.jit(lambda v, x: module.apply(v, x)["logits"])(variables, images)
+  alone = jax.jit(lambda v, x: module.apply(v, x)["logits"])(variables, inputs)
   place = Runnable(subnet, lambda s: run.step.member(s["state"], subnet), run.supernet.module(subnet))
   state = {"state": state}
   recorded = jax.jit(lambda s, x: moments(place, s, x))
   stats = {STATISTICS: average(functools.partial(recorded, state), calibration)} if len(calibration) else {}
   within = jax.jit(lambda s, stats, x: place.module.apply(place.cut(s) | stats, x)["logits"])(
-    state, stats, images)
+    state, stats, inputs)
   alone, within = np.asarray(alone, np.float32), np.asarray(within, np.float32)
   difference = float(np.abs(alone - within).max())
   if difference > TOLERANCE * max(1.0, float(np.abs(within).max())):

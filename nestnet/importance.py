@@ -342,7 +342,8 @@ def _activations(step: Step, state: TrainState, batches: Any, count: int) -> Any
   def run(trained, fixed, batch):
     variables = {"params": trained["model"], **fixed}
     with nn.intercept_methods(record):
-      return step.supernet.model.apply(variables, batch["image"], mutable=[SEEN])[1][SEEN]
+      apply = lambda inputs: step.supernet.model.apply(variables, inputs, mutable=[SEEN])[1][SEEN]
+      return step.recipe.objective.forward(apply, batch)
 
   start = int(state.step)
   seen = [run(state.trained, state.fixed, put_batch(batches[start + i], step.mesh)) for i in range(count)]

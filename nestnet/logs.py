@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import tensorboardX
 import tqdm
 
+from nestnet import metrics
 from nestnet.errors import UserError
 from nestnet.files import atomic_write
 
@@ -94,7 +95,7 @@ class Progress:
     """Shows that `step` is done."""
     self._step = step
     text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()
-                     if name in ("loss", "accuracy") and math.isfinite(value))
+                     if name in metrics.PROGRESS and math.isfinite(value))
     self._bar.set_postfix_str(text, refresh=False)
     self._bar.update(step - self._bar.n)
     clock = time.monotonic()

@@ -141,6 +141,8 @@ class OneProgram:
   def vector(self, subnet: Subnet) -> np.ndarray:
     """A member as int32 `[entries]`: its outer sizes, those carried, then for each layer what it is."""
     subnet = self.supernet.space.subnet(subnet)
+    # Its module refuses sizes that do not go together.
+    self.supernet.module(subnet)
     width = {axis: subnet.chosen[axis] for axis in self.outer}
     numbers = [[self.widths.index(width)],
                [self.choices(axis, width).index(subnet.chosen[axis]) for axis in self.carried]]
@@ -248,6 +250,8 @@ class OneProgram:
       site = self._site(path, place, width)
       own = {axis: self.choices(axis, width) for axis in self._local[path]}
       columns = [dict(zip(own, row)) for row in itertools.product(*own.values())]
+      # What does not fit is never chosen.
+      columns = [column if site.fits(column) else columns[-1] for column in columns]
       layers = at(params, path)
       one = layers if place.leads else jax.tree.map(lambda x: x[0], layers)
       cuts = [functools.partial(lambda c, p: site.cut(None, {"params": p}, c)["params"], c) for c in columns]
@@ -317,7 +321,12 @@ class OneProgram:
       sizes = sizes.layer(place.depth, place.first) if depth else sizes
       return Subnet(**{axis: size for axis, size in sizes.chosen.items() if isinstance(size, int)})
 
-    return Site(axes, keep, self.supernet.space.groups, not place.leads, self._gather(path, place))
+    full = sizes_of(model, self.supernet.space.largest).chosen
+
+    def fits(choice):
+      return all(size <= np.max(full.get(axis, size)) for axis, size in keep(choice).chosen.items())
+
+    return Site(axes, keep, fits, self.supernet.space.groups, not place.leads, self._gather(path, place))
 
   def _gather(self, path, place):
     """Makes the parameters of a layer whole."""

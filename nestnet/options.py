@@ -23,13 +23,14 @@ GROUPS: dict[str, dict[str, type]] = {
   "space": {"couple": dict, "per_layer": tuple, "groups": dict, "constraint": str, "pool": tuple},
   "recipe": {"name": str, "sampler": dict, "objective": dict, "teacher": str, "ema": float, "select": str,
              "judge": str, "untouched": str, "subnet": str},
-  "data": {"name": str, "data_dir": str, "augment": str, "shape": tuple, "classes": int},
+  "data": {"name": str, "data_dir": str, "augment": str, "shape": tuple, "classes": int,
+           "length": int, "tokenizer": str, "vocab": int, "sha256": str, "tokenizer_sha256": str},
   "optim": {"name": str, **RATE, "weight_decay": float, "coupled": bool, "clip_norm": float,
             "clip_value": float, "momentum": float, "b1": float, "b2": float, "epsilon": float},
   "train": {"steps": int, "batch_size": int, "checkpoint_every": int, "log_every": int, "eval_every": int,
             "execution": str, "per_shard_subnets": bool, "accumulate": int},
   "mesh": {"data": int, "fsdp": int, "model": int},
-  "eval": {"calibrate_images": int, "calibrate_batch_size": int},
+  "eval": {"calibrate_images": int, "calibrate_batch_size": int, "examples": int},
 }
 # Groups whose keys depend on the model.
 OF_MODEL = ("model", "space")

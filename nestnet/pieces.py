@@ -68,8 +68,9 @@ class Piece:
 
     rest = {name: tree for name, tree in self.variables.items() if name != "params"}
     argnums = (0,) if self.name.startswith(AROUND) else (0, 1)
-    return cost.count_flops(jax.value_and_grad(loss, argnums), self.variables.get("params", {}),
-                            self.inputs, rest)
+    # Positions, which a layer reads too, have no derivative.
+    derivative = jax.value_and_grad(loss, argnums, allow_int=True)
+    return cost.count_flops(derivative, self.variables.get("params", {}), self.inputs, rest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,7 +148,7 @@ def table(found: Mapping[str, Any]) -> str:
     f"{found['name']} on {found['topology']}: {found['chips']} chips, mesh {mesh}, batch "
     f"{found['batch_size']}; {versions}",
     _memory_table(found, names), _collective_table(rows, names), _time_table(rows, names),
-    _subnet_table(found["subnets"])]
+    _subnet_table(found["subnets"], found.get("example", "image"))]
   return "\n\n".join(parts)
 
 
@@ -199,9 +199,10 @@ def _time_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
   return "\n".join([report.aligned(lines), *[whole] * bool(whole)])
 
 
-def _subnet_table(members: Sequence[Mapping[str, Any]]) -> str:
+def _subnet_table(members: Sequence[Mapping[str, Any]], example: str) -> str:
   """What the sub-networks cost."""
-  lines = [("sub-network", "params", "FLOPs of an image", "training FLOPs of a chip and batch")]
+  article = "an" if example[0] in "aeiou" else "a"
+  lines = [("sub-network", "params", f"FLOPs of {article} {example}", "training FLOPs of a chip and batch")]
   return report.aligned(lines + [(m["subnet"], report.human(m["params"]), report.human(m["flops"]),
                                   report.human(m["train_flops"])) for m in members])
 

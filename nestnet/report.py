@@ -1,8 +1,8 @@
 """What users read: rows of subnets as files and tables, and comparisons of recipes.
 
-A row is a dict with `subnet` (text form), `params`, `flops`, and metrics by name. Metrics whose
-name ends in `accuracy` are fractions from 0 to 1 and are shown in percent. Tables say equal sizes of
-all stages once, as `Space.subnet` reads them.
+A row is a dict with `subnet` (text form), `params`, `flops`, and metrics by name. `nestnet.metrics` says of
+each which direction is better and how it is shown: those whose name ends in `accuracy` are fractions
+from 0 to 1, in percent. Tables say equal sizes of all stages once, as `Space.subnet` reads them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from scipy import special
 
 from nestnet import errors
 from nestnet import files
+from nestnet import metrics
 from nestnet.subnet import folded
 
 Row = Mapping[str, Any]
@@ -28,17 +29,19 @@ _KEYS = ("subnet", "params", "flops")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Test accuracy of one subnet under one recipe and budget.
+  """Test accuracy, or another metric, of one subnet under one recipe and budget.
 
   Attributes:
     recipe: name of the recipe.
     budget: what the recipes have in common: `equal steps` or `equal FLOPs`.
     subnet: text form of the subnet.
     params: parameters of the subnet.
-    flops: forward FLOPs of the subnet for one image.
-    accuracies: fractions from 0 to 1, one for each seed, in the same order in all results.
+    flops: forward FLOPs of the subnet for one input.
+    accuracies: values of the metric (accuracies are fractions from 0 to 1), one for each seed, in the same
+      order in all results.
     train_flops: training FLOPs, for one seed, of the run that the subnet comes from.
     steps: steps of that run.
+    metric: name of the metric.
   """
 
   recipe: str
@@ -49,6 +52,7 @@ class Result:
   accuracies: tuple[float, ...]
   train_flops: float
   steps: int
+  metric: str = "accuracy"
 
 
 def human(count: float) -> str:
@@ -185,13 +189,13 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 def pareto(rows: Iterable[Row], cost: str = "flops", metric: str = "accuracy") -> list[Row]:
   """The rows that no other row beats, cheapest first.
 
-  A row is on the front if every other one costs more or has a lower metric. Of equal ones the
+  A row is on the front if every other one costs more or has a worse metric. Of equal ones the
   first is kept.
 
   Args:
     rows: the candidates.
     cost: key of what should be small.
-    metric: key of what should be large.
+    metric: key of what should be large, or small where `nestnet.metrics` says so.
 
   Raises:
     ValueError: a row lacks one of the two keys.
@@ -204,16 +208,16 @@ def pareto(rows: Iterable[Row], cost: str = "flops", metric: str = "accuracy") -
   """
   rows = list(rows)
   _require(rows, (cost, metric))
-  front, best = [], -math.inf
-  for row in sorted(rows, key=lambda row: (row[cost], -row[metric])):
-    if row[metric] > best:
+  front, best, score = [], -math.inf, metrics.of(metric).score
+  for row in sorted(rows, key=lambda row: (row[cost], -score(row[metric]))):
+    if score(row[metric]) > best:
       front.append(row)
-      best = row[metric]
+      best = score(row[metric])
   return front
 
 
 def compare_table(results: Sequence[Result]) -> str:
-  """Mean accuracy with 95% intervals as Markdown: for each budget a table and what it took.
+  """Means with 95% intervals as Markdown: for each budget a table and what it took.
 
   Rows are subnets, small to large; columns are recipes; the best mean of a row is bold.
 
@@ -222,22 +226,23 @@ def compare_table(results: Sequence[Result]) -> str:
   """
   sections = []
   for budget, grid in by_budget(results).items():
-    lines = [["subnet", "params", "FLOPs", *grid.recipes]]
+    lines, metric = [["subnet", "params", "FLOPs", *grid.recipes]], grid.metric
+    as_shown = lambda mean: round(metric.score(mean) * metric.scale * 10 ** (metric.decimals or 0))
     for size in grid.sizes:
       cells = grid.row(size, lambda result: interval(result.accuracies))
-      best = max(round(1e3 * mean) for mean, _ in cells.values())
+      best = max(as_shown(mean) for mean, _ in cells.values())
       lines.append([folded(size[2]), human(size[0]), human(size[1])] + [
-          _estimate(cells.get(recipe), lambda mean, _: round(1e3 * mean) == best)
+          _estimate(cells.get(recipe), metric, lambda mean, _: as_shown(mean) == best)
           for recipe in grid.recipes])
     spent = [f"- {recipe}: {_spent(grid.of(recipe))}" for recipe in grid.recipes]
     sections.append("\n".join([
-        f"### {sentence(budget)}", "", "Test accuracy in percent, mean ± 95% interval over seeds.",
+        f"### {sentence(budget)}", "", f"{_measured(metric)}, mean ± 95% interval over seeds.",
         "", _markdown_table(lines), "", *spent]))
   return "\n\n".join(sections)
 
 
 def difference_table(results: Sequence[Result], baseline: str = "separate") -> str:
-  """Paired differences to a baseline as Markdown, in points, seed by seed.
+  """Paired differences to a baseline as Markdown, in points or in the metric's unit, seed by seed.
 
   Differences whose 95% interval excludes zero are bold.
 
@@ -255,12 +260,12 @@ def difference_table(results: Sequence[Result], baseline: str = "separate") -> s
       cells = {} if reference is None else grid.row(
           size, lambda result: paired_difference(result.accuracies, reference.accuracies))
       lines.append([folded(size[2]), human(size[0])] + [
-          _estimate(cells.get(recipe), lambda mean, half: abs(mean) > half, "+z.1f")
+          _estimate(cells.get(recipe), grid.metric, lambda mean, half: abs(mean) > half, "+z")
           for recipe in others])
     sections.append("\n".join([
         f"### {sentence(budget)}: difference to {baseline}", "",
-        "Points of test accuracy, paired by seed, mean ± 95% interval; bold: the interval excludes "
-        "zero.", "", _markdown_table(lines)]))
+        f"{_differences(grid.metric, baseline)}, paired by seed, mean ± 95% interval; bold: the interval "
+        "excludes zero.", "", _markdown_table(lines)]))
   return "\n\n".join(sections)
 
 
@@ -277,6 +282,11 @@ class Grid:
   recipes: tuple[str, ...]
   sizes: tuple[tuple[int, int, str], ...]
   cells: Mapping[tuple[str, tuple[int, int, str]], Result]
+
+  @property
+  def metric(self) -> metrics.Metric:
+    """What the results measure."""
+    return metrics.of(next(iter(self.cells.values())).metric)
 
   def of(self, recipe: str) -> list[Result]:
     """The results of a recipe, small to large."""
@@ -331,12 +341,12 @@ def _checked(row: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
   """The header and the rows as text, sorted by parameters; `-` for a missing metric."""
-  metrics = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _KEYS]
-  header = ["subnet", "params", "FLOPs", *(metric.replace("_", " ") for metric in metrics)]
+  columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _KEYS]
+  header = ["subnet", "params", "FLOPs", *(column.replace("_", " ") for column in columns)]
   ordered = sorted(rows, key=lambda row: (row["params"], row["flops"], row["subnet"]))
   return [header] + [
       [folded(row["subnet"]), human(row["params"]), human(row["flops"]),
-       *(_metric(name, row.get(name)) for name in metrics)] for row in ordered]
+       *(_metric(name, row.get(name)) for name in columns)] for row in ordered]
 
 
 def _metric(name: str, value: Any) -> str:
@@ -344,7 +354,7 @@ def _metric(name: str, value: Any) -> str:
     return "-"
   if isinstance(value, str):
     return value
-  return f"{100 * value:.1f}%" if name.endswith("accuracy") else f"{value:.4g}"
+  return metrics.of(name).text(value)
 
 
 def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
@@ -353,15 +363,25 @@ def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _estimate(
-    value: tuple[float, float] | None, bold: Callable[[float, float], bool],
-    style: str = ".1f") -> str:
-  """A mean and its half-width, fractions shown in percent; the mean alone for a single seed."""
+    value: tuple[float, float] | None, metric: metrics.Metric, bold: Callable[[float, float], bool],
+    sign: str = "") -> str:
+  """A mean and its half-width as the metric is shown; the mean alone for a single seed."""
   if value is None:
     return "-"
-  mean, half = value
-  text = f"{100 * mean:{style}}"
+  (mean, half), style = value, f".{metric.decimals or 0}f"
+  text = f"{metric.scale * mean:{sign}{style}}"
   text = f"**{text}**" if bold(mean, half) else text
-  return text if math.isnan(half) else f"{text} ± {100 * half:.1f}"
+  return text if math.isnan(half) else f"{text} ± {metric.scale * half:{style}}"
+
+
+def _measured(metric: metrics.Metric) -> str:
+  return f"Test {metric.title}{' in percent' if metric.unit == '%' else metric.note}"
+
+
+def _differences(metric: metrics.Metric, baseline: str) -> str:
+  """What a table's differences are, and what their sign says."""
+  return (f"Points of test {metric.title}" if metric.unit == "%" else
+          f"Test {metric.title} less that of {baseline} ({'-' if metric.lower_is_better else '+'} is better)")
 
 
 def _spent(results: Sequence[Result]) -> str:

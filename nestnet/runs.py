@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,6 +42,8 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progr
   processes.agree(lambda: _identity(run), "every host runs the same command with the same software")
   if settle(run.config, workdir):
     return True
+  if show_progress and run.dataset.about and processes.first():
+    print(f"data: {run.dataset.about}", file=sys.stderr, flush=True)
   state = trained(run, workdir, show_progress)
   if state is None:
     return False
@@ -53,7 +56,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progr
 def _finish(run: Run, workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes what a run ends with."""
   report.write_rows(workdir / "subnets.json", rows)
-  charts.pareto_chart(workdir / "pareto.png", rows, title=evaluation.title(run),
+  charts.pareto_chart(workdir / "pareto.png", rows, metric=run.task.metric.name, title=evaluation.title(run),
                       budget=evaluation.budget_text(rows[0]))
   atomic_write(workdir / "done", "")
 

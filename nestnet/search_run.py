@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from nestnet import charts, evaluation, predict, provenance, report, runs
+from nestnet import charts, evaluation, metrics, predict, provenance, report, runs
 from nestnet.build import Run
 from nestnet.errors import UserError, one_of
 from nestnet.files import atomic_write
 from nestnet.latency import Latency, LatencyTable
 from nestnet.logs import Progress
+from nestnet.metrics import Metric
 from nestnet.pieces import shared
 from nestnet.search import Problem, coarse_to_fine, evolve, fitting, front, random, searched
 from nestnet.steps import TrainState
@@ -42,8 +43,8 @@ def search_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bud
   """Searches the family of a run, and writes `search.json`, `search.md` and `search.png` to `out`.
 
   Where members outside the space's pool trained, all of the space is searched; else the pool.
-  Measured accuracies are of the validation split, and kept in the run's folder with the table of
-  latencies: the same search again, or another, goes on from them.
+  Measured accuracies (of text: bits per byte, of which less is better) are of the validation split, and
+  kept in the run's folder with the table of latencies: the same search again, or another, goes on from them.
 
   Args:
     workdir: A run with a checkpoint.
@@ -102,13 +103,14 @@ def search_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bud
   problem = Problem(family.space, ask, functions, budgets)
   found = _found(problem, method, against, population, generations, seed, measured)
   rows = family.rows(found, problem)
-  best = max(rows, key=lambda r: (r["validation_accuracy"], -r[against[0]]))
+  measured_on = f"validation_{family.metric.name}"
+  best = max(rows, key=lambda r: (family.metric.score(r[measured_on]), -r[against[0]]))
   result = {
     "subnet": best["subnet"], "row": best, "found": rows, "method": method, "budgets": dict(budgets),
     "accuracy": "measured" if measured else "predicted", "seed": seed, "searched": searched(family.space),
     "members_looked_at": len(problem.seen), "run": str(workdir), "step": step, "steps": run.steps} | {
       k: v for k, v in (("predictor", quality), ("latency", family.latency_report)) if v}
-  _write(pathlib.Path(out), result, problem, against[0], evaluation.title(run))
+  _write(pathlib.Path(out), result, problem, against[0], evaluation.title(run), family.metric)
   return result
 
 
@@ -133,11 +135,12 @@ def _found(problem: Problem, method: str, against: Sequence[str], population: in
 
 
 class _Searched:
-  """A run as a search sees it."""
+  """A run as a search sees it: of its metric's scores the largest is the best."""
 
   def __init__(self, run: Run, step: int, state: TrainState, workdir: pathlib.Path, seed: int,
                beyond_pool: bool, show_progress: bool):
     self.run, self.step, self.state, self.workdir, self.seed = run, step, state, workdir, seed
+    self.metric = run.task.metric
     space = run.supernet.space
     # Where all of it trained, the pool is only what a table shows.
     self.space = space.without_pool() if beyond_pool or provenance.whole(run, step) else space
@@ -171,12 +174,12 @@ class _Searched:
     return latency
 
   def measured(self, members: list[Subnet]) -> list[float]:
-    """Validation accuracies of members, from the run's file or evaluated."""
+    """Scores of members on the validation split, from the run's file or evaluated."""
     rows = predict.evaluated(
       self.workdir / f"members_{self.step}.jsonl", members,
       lambda some: evaluation.evaluate(self.run, self.state, some, splits=("validation",),
                                        expected=len(members)), progress=self.progress)
-    return [row["validation_accuracy"] for row in rows]
+    return [self.metric.score(row[f"validation_{self.metric.name}"]) for row in rows]
 
   def sample(self, samples: int) -> list[Subnet]:
     """Members for a predictor, or why there can be none."""
@@ -198,7 +201,8 @@ class _Searched:
     """Members measured on both splits, with what the search took them for."""
     if self.progress:
       self.progress.close()
-    return [{**row, **problem.seen[m].costs, "searched_accuracy": problem.seen[m].accuracy}
+    searched_for = f"searched_{self.metric.name}"
+    return [{**row, **problem.seen[m].costs, searched_for: self.metric.value(problem.seen[m].accuracy)}
             for m, row in zip(members, evaluation.evaluate(
               self.run, self.state, members, show_progress=self.progress is not None))]
 
@@ -217,18 +221,23 @@ def _json(value: Any) -> Any:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(out: pathlib.Path, result: Mapping[str, Any], problem: Problem, cost: str, title: str) -> None:
-  metric = f"{result['accuracy']}_accuracy"
+def _write(out: pathlib.Path, result: Mapping[str, Any], problem: Problem, cost: str, title: str,
+           of: Metric) -> None:
+  metric = f"{result['accuracy']}_{of.name}"
   every, found = list(problem.seen.values()), {row["subnet"] for row in result["found"]}
   candidates = [c for i, c in enumerate(every)
                 if i % -(-len(every) // CHARTED) == 0 or str(c.subnet) in found]
-  points = [{"subnet": str(c.subnet), metric: c.accuracy, **c.costs} for c in candidates]
+  points = [{"subnet": str(c.subnet), metric: of.value(c.accuracy), **c.costs} for c in candidates]
   atomic_write(out / "search.json", json.dumps(_json(result), indent=2, allow_nan=False) + "\n")
   atomic_write(out / "search.md", f"{summary(result)}\n\n{table(result)}\n")
   charts.pareto_chart(
     out / "search.png", points, cost=cost, metric=metric, title=f"{title}: {result['method']}",
     found=result["subnet"], budget=f"found: {folded(result['subnet']).replace(',', ', ')}; {len(every)} "
     f"members looked at; {evaluation.budget_text(result['row'])}")
+
+
+def _error(metric: Metric, value: float) -> str:
+  return f"{metric.scale * value:.2f} points" if metric.unit == "%" else f"{value:.{metric.decimals or 3}f}"
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -239,13 +248,15 @@ def table(result: Mapping[str, Any]) -> str:
 def summary(result: Mapping[str, Any]) -> str:
   """What was searched and how well its predictions held, in a few lines."""
   budgets = ", ".join(f"{name} of at most {limit:g}" for name, limit in result["budgets"].items()) or "none"
-  lines = [f"{result['method']}, {result['accuracy']} accuracy, budgets: {budgets}, seed {result['seed']}; "
-           f"{result['members_looked_at']} members looked at, at step {result['step']} of {result['steps']}",
+  metric = metrics.main(result["row"])
+  lines = [f"{result['method']}, {result['accuracy']} {metric.title}, budgets: {budgets}, seed "
+           f"{result['seed']}; {result['members_looked_at']} members looked at, at step {result['step']} of "
+           f"{result['steps']}",
            f"searched: {result['searched']}"]
   if quality := result.get("predictor"):
     order = "" if quality["kendall_tau"] else " (it orders nothing)"
     lines.append(f"predictor: Kendall's tau {quality['kendall_tau']:.3f}{order}, "
-                 f"RMSE {100 * quality['rmse']:.2f} points on {quality['held_out']} held-out members, "
+                 f"RMSE {_error(metric, quality['rmse'])} on {quality['held_out']} held-out members, "
                  f"learned from {quality['learned_from']}")
   if latency := result.get("latency"):
     lines.append(f"latency from a table: {100 * latency['median_error']:.0f}% off in the median, "

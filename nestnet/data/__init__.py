@@ -16,5 +16,9 @@ from nestnet.data.pipeline import Draws
 from nestnet.data.sources import Dataset
 from nestnet.data.sources import load
 from nestnet.data.sources import Source
+from nestnet.data.text import Text
+from nestnet.data.tokenization import Tokenizer
+from nestnet.data.tokenization import tokenizer
 
-__all__ = ["Batches", "Dataset", "Draws", "Source", "arrays", "augmentation", "load"]
+__all__ = ["Batches", "Dataset", "Draws", "Source", "Text", "Tokenizer", "arrays", "augmentation", "load",
+           "tokenizer"]

@@ -15,6 +15,7 @@ import numpy as np
 
 from nestnet import errors
 from nestnet.data import sources
+from nestnet.data.text import Text
 
 Augment = Callable[[np.ndarray, "Draws"], np.ndarray]
 
@@ -75,9 +76,9 @@ class Batches(grain.MapDataset):
 
   `batches[step]` is a pure function of (seed, step), for any step in any order: `image` float32
   `[batch_size / process_count, height, width, channels]` (uint8 images come out in [-1, 1],
-  floating ones as they are) and `label` int32 `[batch_size / process_count]`. Host i gets, and
-  reads, the i-th equal share of the global batch. An epoch sees every example once; a batch may
-  span two epochs.
+  floating ones as they are) and `label` int32 `[batch_size / process_count]`; of text, `tokens` int32
+  `[batch_size / process_count, length + 1]`. Host i gets, and reads, the i-th equal share of the global
+  batch. An epoch sees every example (every window of a text) once; a batch may span two epochs.
 
   It is a Grain `MapDataset`. Where decoding is slow (large images),
   `iter(batches[step:].to_iter_dataset(grain.ReadOptions(num_threads=8)))` reads ahead, in order.
@@ -106,7 +107,7 @@ class Batches(grain.MapDataset):
 
   def __init__(
       self,
-      dataset: sources.Dataset,
+      dataset: sources.Dataset | Text,
       split: str = "train",
       batch_size: int = 128,
       seed: int = 0,
@@ -140,9 +141,9 @@ class Batches(grain.MapDataset):
     step = operator.index(step)
     if step < 0:
       raise errors.UserError(f"step: got {step}, allowed: 0 or more")
-    images, labels = self._source.read(self._indices(step))
     draws = Draws(self._seed, step, self._batch_size, self._rows)
-    return {"image": _scaled(images, self._source.high, self._augment, draws), "label": labels}
+    augment = self._augment and (lambda images: self._augment(images, draws))
+    return self._source.batch(self._indices(step), augment)
 
   def _indices(self, step: int) -> np.ndarray:
     start = step * self._batch_size
@@ -155,15 +156,17 @@ class Batches(grain.MapDataset):
     return indices
 
 
-def arrays(dataset: sources.Dataset, split: str) -> dict[str, np.ndarray]:
+def arrays(dataset: sources.Dataset | Text, split: str, most: int = 0) -> dict[str, np.ndarray]:
   """Returns a whole split in its stored order, scaled as in `Batches` and not augmented.
 
   Args:
     dataset: Where to read.
     split: Which split to read.
+    most: At most so many examples, evenly spread over the split, always the same; 0: all.
 
   Returns:
-    `image` float32 `[examples, height, width, channels]` and `label` int32 `[examples]`.
+    `image` float32 `[examples, height, width, channels]` and `label` int32 `[examples]`; of text as
+    `Windows.evaluated` has it.
 
   Example:
 
@@ -172,24 +175,8 @@ def arrays(dataset: sources.Dataset, split: str) -> dict[str, np.ndarray]:
   (360, 8, 8, 1)
   """
   source = dataset.split(split)
-  images, labels = source.read(np.arange(len(source)))
-  return {"image": _scaled(images, source.high), "label": labels}
-
-
-def _scaled(
-    images: np.ndarray, high: int, augment: Augment | None = None, draws: Draws | None = None
-) -> np.ndarray:
-  integral = images.dtype == np.uint8
-  images = images.astype(np.float32)
-  if integral:
-    images *= np.float32(1 / high)
-  if augment is not None:
-    augmented = np.asarray(augment(images, draws), np.float32)
-    if augmented.shape != images.shape:
-      raise errors.UserError(
-          f"augmented images: got shape {augmented.shape}, allowed: {images.shape}")
-    images = augmented
-  return images * np.float32(2) - np.float32(1) if integral else images
+  count = min(most or len(source), len(source))
+  return source.evaluated(np.arange(count) * len(source) // count)
 
 
 @functools.lru_cache(maxsize=4)

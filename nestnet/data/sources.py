@@ -6,7 +6,7 @@ so a run resumes exactly with no state to save. TensorFlow itself is never neede
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import difflib
@@ -23,9 +23,16 @@ import tensorflow_datasets as tfds
 from nestnet import errors
 from nestnet import imports
 from nestnet.data import digits
+from nestnet.data import stdlib_text
+from nestnet.data.text import every_tenth
+from nestnet.data.text import held_out
+from nestnet.data.text import Text
+from nestnet.data.text import text
+from nestnet.data.tokenization import tokenizer
 
 SPLITS = ("train", "validation", "test")
 OWN = {"digits": digits.Digits, "digits_clutter": digits.DigitsClutter}
+STDLIB_TEXT = "stdlib_text"
 
 # Splits of at most this many pixels are decoded once and kept; larger ones are read every time.
 MEMORY_PIXELS = 512 * 2**20
@@ -57,6 +64,28 @@ class Source:
 
   def __getitem__(self, index: int) -> Mapping[str, Any]:
     return self.examples[range(len(self))[index]]
+
+  def batch(self, indices: np.ndarray, augment: Callable[[np.ndarray], np.ndarray] | None = None
+            ) -> dict[str, np.ndarray]:
+    """Reads examples as networks are given them.
+
+    Args:
+      indices: Which examples, `[batch]`.
+      augment: From images `[batch, height, width, channels]` float32 to images of the same shape.
+
+    Returns:
+      `image` float32 `[batch, height, width, channels]` (uint8 images come out in [-1, 1]) and `label`
+      int32 `[batch]`.
+
+    Raises:
+      errors.UserError: As `read`, or `augment` gives another shape.
+    """
+    images, labels = self.read(indices)
+    return {"image": _scaled(images, self.high, augment), "label": labels}
+
+  def evaluated(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """The same as an evaluation needs it."""
+    return self.batch(indices)
 
   def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reads examples as they are stored.
@@ -118,6 +147,25 @@ class Dataset:
   shape: tuple[int, int, int]
   splits: Mapping[str, Source]
 
+  task = "classification"
+  recorded = {}
+  about = ""
+
+  @property
+  def entries(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and type of an example's entries in a batch."""
+    return {"image": (self.shape, np.float32), "label": ((), np.int32)}
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Fields of a model that follow from the data."""
+    return {"classes": self.classes}
+
+  @property
+  def facts(self) -> dict[str, Any]:
+    """What a config may state of it."""
+    return {"shape": list(self.shape), "classes": self.classes}
+
   def split(self, name: str) -> Source:
     """Returns the source of a split; raises `errors.UserError` with the allowed names."""
     if name not in self.splits:
@@ -125,17 +173,20 @@ class Dataset:
     return self.splits[name]
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, length: int = 0,
+         tokenizer: str | os.PathLike[str] = "") -> Dataset | Text:
   """Returns a data set by name. Nothing is ever downloaded.
 
-  `digits` and `digits_clutter` prepare themselves on first use. Any other name is one of TensorFlow
-  Datasets (`cifar10`, `imagenet_resized/64x64`, ...), which must stand prepared, as ArrayRecord, in
-  `data_dir`.
+  `digits` and `digits_clutter` prepare themselves on first use; `stdlib_text` is the running Python's own
+  standard library, split by file. Any other name is one of TensorFlow Datasets (`cifar10`,
+  `imagenet_resized/64x64`, `c4/en`, ...), which must stand prepared, as ArrayRecord, in `data_dir`. One
+  with `image` and `label` is a set of labelled images, else one with `text` is text.
 
   A user's own set is named `package.module:Name`. `Name` is called without arguments (so it is a
   class or a function) and gives an object with `classes`, `train`, `test` and, if it likes,
   `validation`; each split is any sequence of `{"image": [height, width, channels], "label": int}`,
-  with images uint8 (0 to 255) or floating (used as they are):
+  with images uint8 (0 to 255) or floating (used as they are). Text needs no `classes`, and examples are
+  `{"text": str}`:
 
       class Stripes:                               # in my_data.py: data.load("my_data:Stripes")
         classes = 2
@@ -151,15 +202,19 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
   Where a set lacks a split: without `validation`, every tenth example of `train` (9, 19, 29, ...)
   leaves it and becomes `validation`. A TFDS set without a labelled `test` (ImageNet) is tested on
-  its `validation`, as its users do, and validated on that tenth of `train`.
+  its `validation`, as its users do, and validated on that tenth of `train`. Text without both is tested on
+  every tenth document of `train`.
 
   Args:
     name: The data set, as above.
-    data_dir: Where prepared data lives; by default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+    data_dir: Where prepared data lives; by default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`. The
+      tokens of a text are kept there too, in `nestnet_tokens`.
+    length: Of text: how many tokens a network is given at once.
+    tokenizer: Of text: a Hugging Face `tokenizer.json`; bytes by default.
 
   Raises:
-    errors.UserError: If the name is unknown, files are damaged, or the set is not one of labelled
-      images of one size.
+    errors.UserError: If the name is unknown, files are damaged, or the set is neither one of labelled
+      images of one size nor text; or an option is not one of its kind.
     FileNotFoundError: If a TFDS set is not prepared in `data_dir`; the message says how to.
 
   Example:
@@ -169,51 +224,48 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
   >>> dataset.classes, dataset.shape, {split: len(x) for split, x in dataset.splits.items()}
   (10, (8, 8, 1), {'train': 1257, 'validation': 180, 'test': 360})
   """
+  of_text = {"length": length, "tokenizer": tokenizer}
+  if name == STDLIB_TEXT:
+    found = stdlib_text.documents()
+    return _text(name, stdlib_text.splits(found), of_text,
+                 hashes={"sha256": stdlib_text.sha256(found)}, about=stdlib_text.about(found))
   if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
-    return _own(name)
+    return _own(name, of_text)
   # TFDS reads the variable once, when it is imported.
   data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return _prepared(name, pathlib.Path(data_dir).expanduser())
+  return _prepared(name, pathlib.Path(data_dir).expanduser(), of_text)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows(Sequence):
-  """Some rows of a sequence."""
-
-  examples: Sequence[Any]
-  rows: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.rows)
-
-  def __getitem__(self, index: int) -> Any:
-    return self.examples[int(self.rows[index])]
-
-
-def _own(name: str) -> Dataset:
+def _own(name: str, of_text: Mapping[str, Any]) -> Dataset | Text:
   made = imports.by_path(name, "data set")
   if not callable(made):
     raise errors.UserError(
         f"data set {name!r}: got {type(made).__name__}, allowed: a class or function that is called"
         " without arguments")
   made = made()
+  splits = {split: getattr(made, split) for split in SPLITS if hasattr(made, split)}
+  if len(train := splits.get("train", ())) and "text" in train[0] and "image" not in train[0]:
+    return _text(name, splits, of_text)
   missing = [field for field in ("classes", "train", "test") if not hasattr(made, field)]
   if missing:
     raise errors.UserError(
         f"data set {name!r}: {type(made).__name__} has no {', '.join(missing)}; needed: classes,"
-        " train, test (validation is optional)")
-  splits = {split: getattr(made, split) for split in SPLITS if hasattr(made, split)}
+        " train, test (validation is optional); of text: train")
+  _check_images(name, of_text)
   return _dataset(name, made.classes, splits)
 
 
-def _prepared(name: str, root: pathlib.Path) -> Dataset:
+def _prepared(name: str, root: pathlib.Path, of_text: Mapping[str, Any]) -> Dataset | Text:
   """Opens what TensorFlow Datasets wrote."""
+  if name in OWN:
+    _check_images(name, of_text)
   with _whole(name, root / name):
     builder = digits.prepare(OWN[name], root) if name in OWN else _builder(name, root)
   features = builder.info.features
-  if not {"image", "label"} <= set(features or ()):
+  labelled_images = {"image", "label"} <= set(features or ())
+  if not labelled_images and "text" not in (features or ()):
     raise errors.UserError(
-        f"data set {name!r}: features {', '.join(features or ())}; needed: image and label")
+        f"data set {name!r}: features {', '.join(features or ())}; needed: image and label, or text")
   # A set that was never prepared does not know its splits; opening one then fails.
   names = tuple(builder.info.splits) or ("train", "test")
   try:
@@ -221,7 +273,7 @@ def _prepared(name: str, root: pathlib.Path) -> Dataset:
       splits = {split: builder.as_data_source(split) for split in names}
       labelled = {
           split: source for split, source in splits.items()
-          if len(source) and int(source[0]["label"]) >= 0
+          if labelled_images and len(source) and int(source[0]["label"]) >= 0
       }
   except (KeyError, NotImplementedError) as error:
     there = "which is not there"
@@ -230,6 +282,10 @@ def _prepared(name: str, root: pathlib.Path) -> Dataset:
     raise errors.MissingFileError(
         f"data set {name!r}: looked in {builder.data_path}, {there}. {_how_to_prepare(name, root)}"
     ) from error
+  if not labelled_images:
+    with _whole(name, builder.data_path):
+      return _text(builder.info.full_name, splits, of_text, root / "nestnet_tokens")
+  _check_images(name, of_text)
   if "test" not in labelled and "validation" in labelled:
     labelled["test"] = labelled.pop("validation")
   high = digits.HIGH if name in OWN else 255
@@ -248,12 +304,12 @@ def _builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
   try:
     return tfds.builder(name, data_dir=root)
   except tfds.core.DatasetNotFoundError as error:
-    known = {*OWN, *tfds.list_builders(with_community_datasets=False)}
+    known = {*OWN, STDLIB_TEXT, *tfds.list_builders(with_community_datasets=False)}
     close = difflib.get_close_matches(name.partition("/")[0], known, n=3)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     raise errors.UserError(
-        f"unknown data set {name!r}{hint} Allowed: {', '.join(OWN)}, a name of TensorFlow Datasets"
-        " (https://www.tensorflow.org/datasets/catalog), or package.module:Name of your own"
+        f"unknown data set {name!r}{hint} Allowed: {', '.join((*OWN, STDLIB_TEXT))}, a name of TensorFlow"
+        " Datasets (https://www.tensorflow.org/datasets/catalog), or package.module:Name of your own"
     ) from error
   except ValueError as error:
     raise errors.UserError(f"data set {name!r}: {error}") from error
@@ -275,6 +331,19 @@ def _whole(name: str, folder: pathlib.Path | None) -> Iterator[None]:
     ) from error
 
 
+def _check_images(name: str, of_text: Mapping[str, Any]) -> None:
+  for option, value in of_text.items():
+    if value:
+      raise errors.UserError(
+          f"data set {name!r} has images: data.{option}={value} is for text; allowed: none")
+
+
+def _text(name: str, splits: Mapping[str, Sequence[Any]], of_text: Mapping[str, Any],
+          folder: pathlib.Path | None = None, **facts: Any) -> Text:
+  documents = held_out(name, {split: splits[split] for split in SPLITS if split in splits})
+  return text(name, documents, of_text["length"], tokenizer(of_text["tokenizer"]), folder, **facts)
+
+
 def _dataset(
     name: str,
     classes: int,
@@ -293,9 +362,7 @@ def _dataset(
       raise errors.UserError(
           f"data set {name!r}: labelled splits: got {counts}; needed: {split} ({needed} or more)")
   if "validation" not in splits:
-    train, rows = splits["train"], np.arange(len(splits["train"]))
-    splits["train"] = _Rows(train, np.delete(rows, np.s_[9::10]))
-    splits["validation"] = _Rows(train, rows[9::10])
+    splits["train"], splits["validation"] = every_tenth(splits["train"])
   shape = np.shape(splits["train"][0]["image"])
   if len(shape) != 3:
     raise errors.UserError(
@@ -305,3 +372,17 @@ def _dataset(
       for split in SPLITS
   }
   return Dataset(name, int(classes), shape, sources)
+
+
+def _scaled(images: np.ndarray, high: int, augment: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
+  integral = images.dtype == np.uint8
+  images = images.astype(np.float32)
+  if integral:
+    images *= np.float32(1 / high)
+  if augment is not None:
+    augmented = np.asarray(augment(images), np.float32)
+    if augmented.shape != images.shape:
+      raise errors.UserError(
+          f"augmented images: got shape {augmented.shape}, allowed: {images.shape}")
+    images = augmented
+  return images * np.float32(2) - np.float32(1) if integral else images

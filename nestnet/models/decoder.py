@@ -7,6 +7,8 @@ SwiGLU (2002.05202).
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +20,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.models.layers import Linear, grouped_attention, project, rms_norm
 from nestnet.models.rotary import frequencies, rotate, scaling
 from nestnet.models.stack import constant, stack
+from nestnet.space import Space
 from nestnet.subnet import Size, Subnet, derived, kept_ids
 
 AXES = ("layers", "embed", "heads", "kv_heads", "mlp")
@@ -121,9 +124,29 @@ class Decoder(nn.Module):
     return Subnet(layers=ids, embed=size("embed"), kv_heads=size("kv_heads"),
                   queries=_queries(size("heads"), size("kv_heads")), mlp=size("mlp"))
 
+  def check_space(self, space: Space) -> None:
+    """Raises `ValueError` where heads of a family are no equal parts of their groups, or too many in one."""
+    if space.groups.get("heads", 1) > 1:
+      raise UserError(f"space.groups.heads={space.groups['heads']}: heads stand in groups already; allowed "
+                      "are space.groups.kv_heads")
+    axes = [axis for axis in ("heads", "kv_heads") if axis in space.axes]
+    free = [axis for axis in axes if axis in space.per_layer]
+    full = max(heads // kv_heads for heads, kv_heads in _pairs(self.heads, self.kv_heads))
+    coupled = space.combinations([axis for axis in axes if axis not in free])
+    for row, own in itertools.product(coupled, itertools.product(*map(space.choices, free))):
+      row = {"heads": self.heads, "kv_heads": self.kv_heads, **row, **dict(zip(free, own))}
+      bad = next(((h, k) for h, k in _pairs(row["heads"], row["kv_heads"]) if h % k or h // k > full), None)
+      if not bad or (space.constraint and Subnet(**{**space.largest.chosen, **row}) not in space):
+        continue
+      heads, kv_heads = bad
+      why = "does not divide into these groups" if heads % kv_heads else (
+        f"has {heads // kv_heads} heads in a group, where the largest has {full}")
+      raise UserError(f"the space has heads={heads} beside kv_heads={kv_heads}, which {why}; allowed are "
+                      "sizes that go together, as with couple={'heads kv_heads': [[2, 1], [4, 2]]}")
+
   @nn.compact
   def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None, train: bool = False,
-               taps: bool = False) -> dict[str, Any]:
+               taps: bool = False, exits: Sequence[int] = ()) -> dict[str, Any]:
     """Applies the network.
 
     With a collection `cache` (`init_cache`), keys and values are written to the slots of their row that
@@ -136,17 +159,21 @@ class Decoder(nn.Module):
         attends to.
       train: Whether layers are dropped; it uses the `dropout` rng.
       taps: Whether to return every block's output.
+      exits: Blocks, from 0, whose outputs the last norm and the head read too (SoFT, 2309.08968).
 
     Returns:
-      `logits` `[batch, length, vocab]`, `features` `[batch, length, embed]` behind the last norm, and with
-      `taps` the blocks' outputs `[layers, batch, length, embed]`.
+      `logits` `[batch, length, vocab]`, `features` `[batch, length, embed]` behind the last norm, with
+      `taps` the blocks' outputs `[layers, batch, length, embed]`, and with `exits` an entry of that name,
+      their logits `[exits, batch, length, vocab]`.
 
     Raises:
-      ValueError: The sequence is longer than the context.
+      ValueError: The sequence is longer than the context, or an exit is behind the last block.
     """
     if tokens.shape[1] > self.context:
       raise UserError(f"Decoder: a sequence of {tokens.shape[1]} tokens; allowed are at most "
                       f"context={self.context}")
+    if not all(0 <= exit < self.layers for exit in exits):
+      raise UserError(f"Decoder: exits={tuple(exits)}; allowed are 0 to {self.layers - 1}")
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     if positions is None:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -161,16 +188,17 @@ class Decoder(nn.Module):
     key = self.make_rng("dropout") if train and skips else None
     queries = _queries(self.heads, self.kv_heads)
     x, outputs = stack(
-      parts, x, layers=self.layers, constants=skips, remat=self.remat, taps=taps, unroll=self.unroll,
+      parts, x, layers=self.layers, constants=skips, remat=self.remat, taps=taps or bool(exits),
+      unroll=self.unroll,
       sizes={"attention": {"kv_heads": self.kv_heads, "queries": queries}, "mlp": {"mlp": self.mlp}},
       positions=positions, key=key)
 
-    features = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)
-    if self.tied:
-      logits = project(features, table.T, dtype=self.dtype)
-    else:
-      logits = Linear("embed -> vocab", (self.vocab,), use_bias=False, name="head", **typed)(features)
-    return {"logits": logits, "features": features} | ({"taps": outputs} if taps else {})
+    norm = rms_norm("norm", epsilon=self.norm_eps, **typed)
+    linear = functools.partial(Linear, "embed -> vocab", (self.vocab,), use_bias=False, **typed)
+    head = functools.partial(project, kernel=table.T, dtype=self.dtype) if self.tied else linear(name="head")
+    features = norm(x)
+    result = {"logits": head(features), "features": features} | ({"taps": outputs} if taps else {})
+    return result | ({"exits": head(norm(outputs[jnp.asarray(tuple(exits))]))} if exits else {})
 
   def _rates(self):
     last = max(1, self.layers - 1)

@@ -33,6 +33,7 @@ class Site:
   Attributes:
     axes: Axis names of each collection of a layer.
     keep: What `take` keeps of a layer, from the sizes that were chosen for it.
+    fits: Whether the supernet has so much of everything as some sizes take.
     groups: As in `Space.groups`.
     stacked: Whether the arrays have a dimension over layers; else it is one layer.
     gather: Applied to a layer's parameters before they are cut: makes those whole that lie in shares
@@ -41,6 +42,7 @@ class Site:
 
   axes: Mapping[str, Any]
   keep: Callable[[Mapping[str, int]], Subnet]
+  fits: Callable[[Mapping[str, int]], bool]
   groups: Mapping[str, int]
   stacked: bool = True
   gather: Callable[[Any], Any] = lambda params: params
@@ -104,16 +106,28 @@ class Part:
     """The axes that it has several sizes along, and these."""
     return dict(pair for size in self.several for pair in size.axes)
 
-  def choices(self) -> list[dict[str, int]]:
-    """Every combination of a size along each axis, in the order in which `index` counts them."""
-    return [dict(zip(self.axes, row)) for row in itertools.product(*self.axes.values())]
+  def choices(self, site: Site) -> list[dict[str, int]]:
+    """The combinations of a size along each axis that fit and differ, in the order of `index`."""
+    return list(self._places(site)[0].values())
 
-  def index(self, choice: Mapping[str, jax.Array]) -> Any:
+  def index(self, site: Site, choice: Mapping[str, jax.Array]) -> Any:
     """Which combination each layer uses, `[layers]`, from the positions of its sizes."""
     place = 0
     for axis, sizes in self.axes.items():
       place = place * len(sizes) + choice[axis]
-    return place
+    order = self._places(site)[1]
+    return place if order == [*range(len(order))] else jnp.asarray(order, jnp.int32)[place]
+
+  def _places(self, site: Site) -> tuple[dict[tuple[int, ...], dict[str, int]], list[int]]:
+    """What fits, by the sizes that it comes to; and the place of every combination there, else 0."""
+    distinct: dict[tuple[int, ...], dict[str, int]] = {}
+    rows = [dict(zip(self.axes, row)) for row in itertools.product(*self.axes.values())]
+    sizes = [tuple(size.value(row) for size in self.several) for row in rows]
+    for row, own in zip(rows, sizes):
+      if site.fits(row):
+        distinct.setdefault(own, row)
+    order = list(distinct)
+    return distinct, [order.index(own) if own in distinct else 0 for own in sizes]
 
   def module(self, choice: Mapping[str, int]) -> nn.Module:
     """The module of a combination of sizes, on its own."""
@@ -173,7 +187,8 @@ class Switched(nn.Module):
     params = {"params": variables.pop("params", {})}
     skips = self.depth in choice
     index = tuple(jnp.broadcast_to(
-      choice[self.depth] * (1 + part.index(choice)) if skips else part.index(choice), (int(self.layers),))
+      choice[self.depth] * (1 + part.index(site, choice)) if skips else part.index(site, choice),
+      (int(self.layers),))
       for part in self.parts)
     keys = {name: jax.random.split(self.make_rng(name), int(self.layers))
             for name in self.scope.rngs if name != "params"}
@@ -225,7 +240,7 @@ def _functions(part, site, x, example, kwargs, join, mutable):
   keys), whole)`.
   """
   params, variables, constants, keys = example
-  choices = part.choices()
+  choices = part.choices(site)
   modules = [part.module(choice) for choice in choices]
 
   def small(i, params, x, shared, fixed):

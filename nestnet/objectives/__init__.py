@@ -11,14 +11,17 @@ from nestnet.objectives.base import Objective, Targets
 
 __all__ = ["Objective", "Targets", "objective"]
 
-_BUILT_IN = ("classification", "alpha_divergence", "matryoshka")
+# The module of each.
+_BUILT_IN = {"classification": "classification", "alpha_divergence": "alpha_divergence",
+             "matryoshka": "matryoshka", "language_modelling": "language"}
 
 
 def objective(name: str, **options: Any) -> Objective:
   """The objective called `name` with its options; a user's own by import path.
 
   Args:
-    name: `"classification"`, `"alpha_divergence"`, `"matryoshka"`, or `package.module:function`.
+    name: `"classification"`, `"alpha_divergence"`, `"matryoshka"`, `"language_modelling"`, or
+      `package.module:function`.
     **options: Passed to the function that makes the `Objective`.
 
   Raises:
@@ -28,7 +31,7 @@ def objective(name: str, **options: Any) -> Objective:
   if not function:
     if name not in _BUILT_IN:
       raise one_of("objective", name, (*_BUILT_IN, "package.module:function"))
-    module, function = f"nestnet.objectives.{name}", name
+    module, function = f"nestnet.objectives.{_BUILT_IN[name]}", name
   make = by_path(f"{module}:{function}", "objective")
   accepted = inspect.signature(make).parameters
   for option in options:

@@ -55,6 +55,8 @@ class Objective:
       made of the teacher's outputs, or of the first term's where no term is taught.
     attach: `(variables, params, subnet) -> variables`: puts what the objective holds (a head) into
       a sub-network's variables, for evaluation and extraction.
+    needs: The entries of a batch that it reads, so that data that has them not is refused at the
+      beginning; empty where it does not say.
   """
 
   loss: Callable[..., tuple[Any, dict[str, Any]]]
@@ -63,3 +65,4 @@ class Objective:
   teach: Callable[..., Any] = _keep_outputs
   update: Callable[..., Any] | None = None
   attach: Callable[..., Any] = _keep_variables
+  needs: tuple[str, ...] = ()

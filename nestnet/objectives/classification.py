@@ -59,9 +59,9 @@ def distilled(relation: Callable[[Any, Any], jax.Array], label_smoothing: float,
   Raises:
     ValueError: A share of smoothing outside [0, 1), or a negative number of steps.
   """
-  if not 0 <= label_smoothing < 1 or min(delay, ramp) < 0:
-    raise UserError(f"classification: label_smoothing={label_smoothing}, delay={delay}, ramp={ramp}; "
-                    "allowed: smoothing in [0, 1), delay and ramp of at least 0")
+  if not 0 <= label_smoothing < 1:
+    raise UserError(f"classification: label_smoothing={label_smoothing}; allowed: smoothing in [0, 1)")
+  check_ramp("classification", delay, ramp)
 
   def loss(params, state, outputs, targets: Targets, step, rng):
     logits, labels = outputs["logits"].astype(jnp.float32), targets.batch["label"]
@@ -70,10 +70,22 @@ def distilled(relation: Callable[[Any, Any], jax.Array], label_smoothing: float,
     if targets.teacher is None:
       return ce, metrics
     kd = relation(outputs, targets.teacher)
-    r = jnp.clip((step - delay + 1) / (ramp + 1), 0.0, 1.0)
-    return (1 - r) * ce + r * (student_labels * ce + distillation * kd), metrics | {"distillation": kd}
+    return mixed(ce, kd, step, student_labels, distillation, delay, ramp), metrics | {"distillation": kd}
 
-  return Objective(loss=loss)
+  return Objective(loss=loss, needs=("image", "label"))
+
+
+def mixed(ce: jax.Array, kd: jax.Array, step: jax.Array | int, student_labels: float, distillation: float,
+          delay: int, ramp: int) -> jax.Array:
+  """`(1 - r) * CE + r * (student_labels * CE + distillation * KD)`, `r` growing from 0 to 1 at a step."""
+  r = jnp.clip((step - delay + 1) / (ramp + 1), 0.0, 1.0)
+  return (1 - r) * ce + r * (student_labels * ce + distillation * kd)
+
+
+def check_ramp(name: str, delay: int, ramp: int) -> None:
+  """Raises `ValueError` for a negative number of steps."""
+  if min(delay, ramp) < 0:
+    raise UserError(f"{name}: delay={delay}, ramp={ramp}; allowed: delay and ramp of at least 0")
 
 
 def label_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:

@@ -62,4 +62,4 @@ def matryoshka(sizes: Sequence[int], tied: bool = False, weights: Sequence[float
     own = head_of(params, subnet["features"])
     return variables | {"params": variables["params"] | {head: own}}
 
-  return Objective(loss=loss, init=init, attach=attach)
+  return Objective(loss=loss, init=init, attach=attach, needs=("image", "label"))
