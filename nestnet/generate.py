@@ -181,8 +181,8 @@ def generate(module: nn.Module, variables: Mapping[str, Any], prompts: Sequence[
     >>> [len(row) for row in generate(model, variables, [[1, 2, 3], [4]], max_new_tokens=5)]
     [5, 5]
   """
-  rows, prefilled = start(module, prompts, max_new_tokens, module.context)
   how = sampling(temperature, top_k, top_p, seed)
+  rows, prefilled = start(module, prompts, max_new_tokens, module.context)
   return written(_generate(module, prefilled, variables, rows, how, stops(module, stop)), prompts)
 
 

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestnet import generate as plain
-from nestnet.axes import variable_axes
+from nestnet.axes import abstract_variables, variable_axes
 from nestnet.errors import UserError
 from nestnet.execution import cut, module_of, sizes_of
 from nestnet.generate import ACCEPT, DRAFT, Differences, Tokens, feed, prefill
 from nestnet.models.decoder import init_cache
-from nestnet.slicing import take
+from nestnet.slicing import take, unrolled_over
 from nestnet.subnet import Subnet
 from nestnet.timing import Ratio, ratio
 
@@ -121,7 +121,7 @@ def _prepared(module, variables, draft, share_cache, groups):
                     "family")
   shared = sizes_of(module, draft), tuple((groups or {}).items())
   shapes = (jax.eval_shape(make) for make in (
-    lambda: _slice(init_cache(module, 1, 1), shared), lambda: init_cache(drafter, 1, 1)))
+    lambda: _slice(drafter, init_cache(module, 1, 1), shared), lambda: init_cache(drafter, 1, 1)))
   there, needed = (jax.tree.map(jnp.shape, tree) for tree in shapes)
   if there != needed:
     raise UserError(f"share_cache=True: the cache of the draft {draft} is no slice of the target's")
@@ -132,9 +132,9 @@ def _run(module, variables, drafts, prompts, *, draft_tokens, max_new_tokens, te
          top_p=None, stop=(), seed=0):
   if draft_tokens < 1:
     raise UserError(f"draft_tokens: got {draft_tokens}, allowed is at least 1")
+  how, stop = plain.sampling(temperature, top_k, top_p, seed), plain.stops(module, stop)
   drafter, small, shared = drafts
   rows, prefilled = plain.start(module, prompts, max_new_tokens, min(module.context, drafter.context))
-  how, stop = plain.sampling(temperature, top_k, top_p, seed), plain.stops(module, stop)
   rows, counts = _speculate(
     module, drafter, draft_tokens, shared, prefilled, variables, small, rows, how, stop)
   # Rows that only fill the batch count nothing.
@@ -155,15 +155,26 @@ def drafted_by(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | 
                       "vocabulary")
     return draft
   check_inside(module, draft)
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return module_of(module, draft), _cut(module, tokens, draft, tuple((groups or {}).items()))(variables)
+  drafter = module_of(module, draft)
+  return drafter, _cut(module, drafter, draft, tuple((groups or {}).items()))(variables)
 
 
 @functools.lru_cache(maxsize=64)
-def _cut(module, tokens, draft, groups):
-  # A program of its own, so that the slices are laid out once and not at every step of the loop.
-  axes = variable_axes(module, tokens)
-  return jax.jit(lambda variables: cut(module, variables, axes, draft, dict(groups), strict=True))
+def _cut(module, drafter, draft, groups):
+  """A program of its own, so that the slices are laid out once and not at every step of the loop."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  axes, like = variable_axes(module, tokens), abstract_variables(drafter, tokens)
+  return jax.jit(lambda variables: _restacked(
+    cut(module, variables, axes, draft, dict(groups), strict=True), like))
+
+
+def _restacked(tree, like):
+  """A tree whose layers stand together where those of `like` do: equal ones may be cut from unequal ones."""
+  if not isinstance(tree, Mapping):
+    return tree
+  if (depth := unrolled_over(tree)) and not unrolled_over(like):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[f"{depth}_{i}"] for i in range(len(tree))))
+  return {key: _restacked(child, like.get(key, {})) for key, child in tree.items()}
 
 
 def check_inside(module: nn.Module, draft: Subnet) -> None:
@@ -193,12 +204,13 @@ def leading(module: nn.Module, draft: Subnet | Pair) -> bool:
     axis == "layers" or own(size) == own(getattr(module, axis)) for axis, size in draft.chosen.items())
 
 
-def _slice(cache, shared):
+def _slice(drafter, cache, shared):
   """A member's part of the cache."""
   subnet, groups = shared
   names = {5: "layers: batch slots kv_heads head_dim", 4: "batch slots kv_heads head_dim"}
   named = lambda stack: jax.tree.map(lambda leaf: names[leaf.ndim], stack)
-  return {key: take(stack, named(stack), subnet, dict(groups), strict=False) for key, stack in cache.items()}
+  found = {key: take(stack, named(stack), subnet, dict(groups), strict=False) for key, stack in cache.items()}
+  return _restacked(found, jax.eval_shape(lambda: init_cache(drafter, 1, 1)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -206,8 +218,8 @@ def _speculate(module, drafter, count, shared, prefilled, variables, small, rows
   """Rows at their ends; calls of the target, drafted and accepted tokens of each."""
   def check(state):
     rows, cache, own, (calls, drafted, accepted) = state
-    drafts, chances, own = _drafts(drafter, small, count, rows, how, _slice(cache, shared) if shared else own,
-                                   missing=1 if shared else 2)
+    read = _slice(drafter, cache, shared) if shared else own
+    drafts, chances, own = _drafts(drafter, small, count, rows, how, read, missing=1 if shared else 2)
     tokens = jnp.concatenate([rows.ending(1), drafts], axis=1)
     # What the draft has written to a shared cache is dropped: this call writes all of it.
     logits, cache = feed(module, variables, cache, tokens, rows.fed(-1, count + 1))
