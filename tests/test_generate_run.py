@@ -1,0 +1,159 @@
+"""Text written by the network in a folder, through the command line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import runpy
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import app, flags
+from flax.core import meta
+
+from nestnet import Space, cli, errors, generate_run, runs, save
+from nestnet.data.tokenization import BYTES
+from nestnet.models.decoder import Decoder
+from nestnet.models.vit import ViT
+
+MODEL = Decoder(layers=2, embed=16, heads=4, kv_heads=2, mlp=16, vocab=256, context=48)
+TOKENS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+PROMPT = "def é("
+
+
+def zeros(module, inputs):
+  shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
+  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), meta.unbox(shapes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("networks") / "bytes"
+  variables = zeros(MODEL, TOKENS)
+  # Blocks add nothing, and byte 100, a "d", is always the most probable.
+  variables["params"]["embedding"]["embedding"][:, 0] = 1
+  variables["params"]["embedding"]["embedding"][100, 0] = 2
+  variables["params"]["norm"]["scale"][0] = 1
+  save(folder, MODEL, variables)
+  return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+  """Runs the script in this process, as `python -m` would: its exit code, output and errors."""
+  monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+  monkeypatch.chdir(pathlib.Path(__file__).resolve().parents[1])
+  app.define_help_flags()
+
+  def run(*arguments):
+    before = set(flags.FLAGS)
+    monkeypatch.setattr(sys, "argv", ["experiments/generate.py", *map(str, arguments)])
+    try:
+      with pytest.raises(SystemExit) as ended:
+        runpy.run_module("experiments.generate", run_name="__main__")
+    finally:
+      for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+      flags.FLAGS.unparse_flags()
+    output = capsys.readouterr()
+    return ended.value.code or 0, output.out, output.err
+
+  return run
+
+
+def test_prompts_go_on(command, folder, tmp_path):
+  (tmp_path / "prompts.json").write_text(json.dumps(["a\nb"]))
+  code, out, err = command(f"--folder={folder}", f"--prompt={PROMPT}", f"--prompts={tmp_path}/prompts.json",
+                           "--max_new_tokens=4")
+  assert (code, out) == (0, f"[1] {PROMPT}dddd\n[2] a\nbdddd\n"), err
+  code, out, err = command(f"--folder={folder}", f"--prompt={PROMPT}", "--max_new_tokens=4", "--stop=d")
+  assert (code, out) == (0, f"{PROMPT}\n"), err
+
+
+def test_a_draft_reports(command, folder):
+  code, out, err = command(f"--folder={folder}", f"--prompt={PROMPT}", "--max_new_tokens=4",
+                           "--draft=layers=1")
+  lines = out.splitlines()
+  assert code == 0 and lines[0] == f"{PROMPT}dddd", err
+  assert lines[2] == ("accepted: 100.0% of 4 drafted tokens; 4.00 tokens a call of the target, 1 calls, "
+                      "one cache for both")
+  assert lines[4].startswith("speed-up: ") and "1 of 1 rows" in lines[5]
+
+
+@pytest.mark.parametrize("arguments, words", [
+  ([], ["no prompts", "--prompts=FILE"]),
+  (["--prompt="], ["prompt 1 is empty"]),
+  (["--prompt=" + 40 * "x", "--max_new_tokens=9"], ["prompt 1 has 40 tokens", "48", "context"]),
+  (["--prompt=x", "--draft=layers=3"], ["draft layers=3 is larger than the target"]),
+  (["--prompt=x", "--draft=layer=1"], ["'layer'", "did you mean 'layers'"]),
+  (["--prompt=x", "--draft=layers=1", "--draft_tokens=0"], ["draft_tokens: got 0"]),
+  (["--prompt=x", "--draft=layers=1", "--draft_tokens=two"], ["draft_tokens", "two"]),
+  (["--prompt=x", "--temperature=-1"], ["temperature: got -1"]),
+  (["--prompt=x", "--top_p=2"], ["top_p: got 2"]),
+  (["--prompt=x", "--stop=ab"], ["stop: 'ab' is 2 tokens"]),
+  (["--prompt=x", "--subnet=mlp=8"], ["--subnet=mlp=8 is of a run"]),
+  (["--prompt=x", "--workdir=there"], ["either a run or a network"]),
+  (["--prompt=x", "--promt=y"], ["unknown flag '--promt'; did you mean '--prompt'"]),
+  (["--prompts=none.txt"], ["no file none.txt"]),
+])
+def test_what_is_wrong_is_said(command, folder, arguments, words):
+  code, out, err = command(f"--folder={folder}", *arguments)
+  assert code == 2 and not out and err.startswith("generate: ") and err.count("\n") == 1, err
+  for word in words:
+    assert word in err
+
+
+def test_only_what_writes_text_is_opened(tmp_path, folder):
+  with pytest.raises(errors.UserError, match="no extracted network"):
+    generate_run.opened(folder=tmp_path / "none")
+  vit = ViT(layers=1, embed=8, heads=2, mlp=8, classes=2)
+  save(tmp_path / "vit", vit, zeros(vit, jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32)))
+  with pytest.raises(errors.UserError, match="holds a ViT; allowed is a Decoder"):
+    generate_run.opened(folder=tmp_path / "vit")
+  words = MODEL.clone(vocab=300)
+  save(tmp_path / "words", words, zeros(words, TOKENS))
+  with pytest.raises(errors.UserError, match=r"300 tokens, the tokenizer \(bytes\) 256"):
+    generate_run.opened(folder=tmp_path / "words")
+  with pytest.raises(errors.UserError, match="allowed is a list of texts"):
+    (tmp_path / "prompts.json").write_text("[1]")
+    generate_run.prompts([], tmp_path / "prompts.json")
+
+
+@pytest.mark.slow
+def test_a_member_of_a_run_writes_and_another_drafts(command, tmp_path):
+  config = cli.load_config("configs/stdlib_matformer.py")
+  with config.unlocked():
+    config.model.update(layers=2, embed=16, heads=4, kv_heads=2, mlp=32)
+    config.space.mlp = (8, 16, 32)
+    config.data.length = 32
+    config.train.update(steps=2, batch_size=2, log_every=1)
+    config.optim.warmup_steps = 1
+    config.eval.examples = 4
+  assert runs.train(config, tmp_path / "run", show_progress=False)
+  write = functools.partial(command, f"--workdir={tmp_path}/run", f"--prompt={PROMPT}", "--max_new_tokens=9",
+                            "--stop=\n")
+  alone = write("--subnet=mlp=16")
+  assert alone[0] == 0 and alone[1].startswith(PROMPT), alone[2]
+  code, out, err = write("--subnet=mlp=16", "--draft=mlp=8")
+  assert code == 0 and out.startswith(alone[1]) and "1 of 1 rows" in out, err
+  code, out, err = write("--subnet=mlp=16", "--draft=largest")
+  assert code == 2 and "larger than the target" in err
+
+
+def test_a_draft_of_a_run_is_named_as_its_space_names_it():
+  space = Space(layers=(2, 3, 4), mlp=(8, 16, 32), heads=(4,))
+  of = lambda target: generate_run.Writer(None, {}, BYTES, space.subnet(target), space)
+  # What is left out is as large as the target, and layers are counted among its own.
+  assert str(of("layers=3,mlp=16").draft("layers=2")) == "layers=2,mlp=16,heads=4"
+  assert str(of("layers=0+2+3,mlp=16").draft("layers=0+3")) == "layers=0+2,mlp=16,heads=4"
+  assert str(of("mlp=8:16:16:32").draft("mlp=8")) == "layers=4,mlp=8,heads=4"
+  assert str(of("largest").draft("smallest")) == "layers=2,mlp=8,heads=4"
+  with pytest.raises(errors.UserError, match="mlp=32.* is larger than the target layers=3,mlp=16"):
+    of("layers=3,mlp=16").draft("mlp=32")
+  with pytest.raises(errors.UserError, match="mlp=9 is outside the space"):
+    of("largest").draft("mlp=9")

@@ -1,0 +1,165 @@
+"""Speculative decoding: the target's own text, whoever drafts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+from scipy import stats
+
+from nestnet import Subnet
+from nestnet.generate import generate
+from nestnet.models.decoder import Decoder
+from nestnet.speculative import drafted_by, measure, speculate
+
+MODEL = Decoder(layers=3, embed=16, heads=4, kv_heads=2, mlp=32, vocab=32, context=24)
+TOKENS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+PROMPTS = [[5], [1, 2, 3], [7, 8, 9, 10, 11, 12, 13]]
+NEW = 12
+
+
+def randomised(module, seed=0, scale=0.4):
+  """Variables in which norms are as random as the kernels, and later layers say less than the first."""
+  rng, shapes = np.random.default_rng(seed), jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+  variables = jax.tree.map(
+    lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(leaf.dtype), meta.unbox(shapes))
+  for part, name in (("attention", "out"), ("mlp", "down")):
+    kernel = variables["params"]["blocks"][part][name]["kernel"]
+    kernel[1:] *= 0.3
+  return variables
+
+
+@pytest.fixture(scope="module")
+def variables():
+  return randomised(MODEL)
+
+
+@pytest.fixture(scope="module")
+def greedy(variables):
+  return generate(MODEL, variables, PROMPTS, max_new_tokens=NEW)
+
+
+def check(variables, greedy, draft, draft_tokens, **options):
+  found = speculate(MODEL, variables, draft, PROMPTS, max_new_tokens=NEW, draft_tokens=draft_tokens,
+                    **options)
+  assert found.tokens == greedy
+  # Each call gives a token of the target's own.
+  for row, calls, drafted, accepted in zip(found.tokens, found.calls, found.drafted, found.accepted):
+    assert accepted <= drafted <= calls * draft_tokens
+    assert len(row) in (accepted + calls, accepted + calls - 1) and calls <= len(row)
+  return found
+
+
+def test_leading_layers_draft_with_the_target_s_cache(variables, greedy):
+  found = check(variables, greedy, Subnet(layers=2), 4)
+  assert found.shared and 0.2 < found.acceptance < 1
+  # Calls are shared: the row that was refused most decides.
+  assert found.target_calls == max(found.calls) < NEW
+
+
+def test_another_network_drafts_with_a_cache_of_its_own(variables, greedy):
+  rng = np.random.default_rng(1)
+  near = jax.tree.map(lambda leaf: leaf + 0.04 * rng.normal(size=leaf.shape).astype(leaf.dtype), variables)
+  found = check(variables, greedy, (MODEL, near), 4)
+  assert not found.shared and 0.2 < found.acceptance < 1
+
+
+def test_the_target_accepts_all_that_it_drafts_itself(variables, greedy):
+  found = check(variables, greedy, (MODEL, variables), 4)
+  assert found.acceptance == 1 and found.calls == (3, 3, 3) and found.tokens_per_call == NEW / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text, count, share", [
+  ("layers=1", 1, None), ("layers=2", 2, False), ("layers=2", 5, None), ("layers=2,mlp=24", 3, None),
+  ("mlp=16", 1, None), ("mlp=16", 2, True), ("embed=12", 3, None), ("embed=12", 4, True),
+  ("heads=2", 4, None), ("kv_heads=1,heads=2", 5, None), ("kv_heads=1,heads=2", 1, True),
+  ("layers=0+2", 2, None), ("layers=0+2", 3, True), ("mlp=32:16:8", 4, None), ("mlp=32:16:8", 2, True),
+  ("layers=0+2,mlp=16:32,embed=8,heads=2", 5, None)])
+def test_every_member_drafts_the_target_s_own_text(variables, greedy, text, count, share):
+  found = check(variables, greedy, Subnet.parse(text), count, share_cache=share)
+  assert found.shared == (text in ("layers=1", "layers=2") if share is None else share)
+
+
+@pytest.mark.slow
+def test_a_list_of_sizes_may_be_the_target(variables):
+  mixed = Subnet.parse("mlp=32:24:16")
+  module, own = drafted_by(MODEL, variables, mixed)
+  greedy = generate(module, own, PROMPTS, max_new_tokens=NEW)
+  for text, shared in (("layers=2,mlp=32:24", True), ("layers=1,mlp=32", True), ("layers=0+2,mlp=16", False)):
+    found = speculate(module, own, Subnet.parse(text), PROMPTS, max_new_tokens=NEW)
+    assert found.tokens == greedy and found.shared == shared
+
+
+def test_a_stop_inside_an_accepted_run_ends_the_row(variables, greedy):
+  whole = speculate(MODEL, variables, Subnet(layers=2), PROMPTS, max_new_tokens=NEW)
+  for stop in {token for row in greedy for token in row}:
+    found = speculate(MODEL, variables, Subnet(layers=2), PROMPTS, max_new_tokens=NEW, stop=[stop])
+    assert found.tokens == [row[:row.index(stop) + 1] if stop in row else row for row in greedy]
+    assert all(a <= b for a, b in zip(found.calls, whole.calls))
+  # Some of these ended where more had been accepted.
+  assert whole.acceptance > 0.2
+
+
+TOY = Decoder(layers=2, embed=8, heads=2, kv_heads=1, mlp=8, vocab=4, context=8)
+MANY = 6000
+
+
+def probabilities(module, variables, temperature, new):
+  """Of every text of so many tokens behind token 1."""
+  texts = np.array(list(itertools.product(range(4), repeat=new)))
+  tokens = np.concatenate([np.ones((len(texts), 1), int), texts], axis=1)
+  logits = jax.jit(lambda v, t: module.apply(v, t)["logits"])(variables, tokens)[:, :-1]
+  chances = jax.nn.softmax(logits / temperature)
+  return np.take_along_axis(np.asarray(chances, np.float64), texts[:, :, None], 2)[:, :, 0].prod(1)
+
+
+@pytest.mark.parametrize("text, count", [
+  ("layers=1", 2), pytest.param("layers=1", 1, marks=pytest.mark.slow),
+  pytest.param("embed=4", 4, marks=pytest.mark.slow), pytest.param("mlp=2", 3, marks=pytest.mark.slow)])
+def test_what_is_drawn_has_the_target_s_distribution(text, count):
+  variables, temperature, new = randomised(TOY, seed=3, scale=0.7), 0.5, 3
+  draw = functools.partial(speculate, TOY, variables, Subnet.parse(text), max_new_tokens=new,
+                           draft_tokens=count, temperature=temperature)
+  found = draw([[1]] * MANY)
+  often = np.bincount(np.array(found.tokens) @ (16, 4, 1), minlength=64)
+  expected = probabilities(TOY, variables, temperature, new)
+  drafted = probabilities(*drafted_by(TOY, variables, Subnet.parse(text)), temperature, new)
+  # Rare texts are one class: the statistic is none of chi-square's for them.
+  rare = MANY * expected < 5
+  merge = lambda counts: np.append(counts[~rare], counts[rare].sum())
+  chance = lambda p: stats.chisquare(merge(often), merge(MANY * p / p.sum())).pvalue
+  assert chance(expected) > 1e-4
+  assert 0.5 * np.abs(drafted - expected).sum() > 0.1 and chance(drafted) < 1e-9
+  assert 0.3 < found.acceptance < 0.95
+  # A draw depends on seed, row and position alone.
+  neighbours = draw([[1], [2]] * (MANY // 2)).tokens
+  assert neighbours[::2] == found.tokens[::2] and neighbours[1::2] != found.tokens[1::2]
+  assert draw([[1]] * MANY, seed=1).tokens != found.tokens
+
+
+def test_the_report_counts_and_times(variables, greedy):
+  report = measure(MODEL, variables, Subnet(layers=2), PROMPTS, max_new_tokens=NEW, pairs=2)
+  assert report.differences.equal == 3 and report.plain_tokens == 3 * NEW
+  assert report.speculated.tokens == greedy and report.time.own_ms > 0
+  assert report.tokens_per_second == pytest.approx(3000 * NEW / report.time.own_ms)
+  assert f"speed-up: {1 / report.time.median:.2f}" in str(report) and "3 of 3 rows" in str(report)
+
+
+@pytest.mark.parametrize("draft, options, message", [
+  (Subnet(mlp=64), {}, "draft mlp=64 is larger than the target: .* mlp"),
+  (Subnet(layers=4), {}, "draft layers=4 is larger"),
+  (Subnet(kv_heads=1), {}, "draft kv_heads=1 is larger than the target: .*queries"),
+  (Subnet(width=4), {}, "'width'"),
+  ((MODEL, {}), {"draft_tokens": 0}, "draft_tokens: got 0"),
+  (Subnet(heads=3), {}, "heads=3"),
+  ((MODEL.clone(vocab=16), {}), {}, "draft has 16 tokens, the target 32"),
+  ((MODEL, {}), {"share_cache": True}, "share_cache=True with a draft that has weights of its own")])
+def test_what_is_wrong_is_said(variables, draft, options, message):
+  with pytest.raises(ValueError, match=message):
+    speculate(MODEL, variables, draft, PROMPTS, max_new_tokens=NEW, **options)
