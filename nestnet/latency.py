@@ -26,9 +26,14 @@ from nestnet.models.convolution import STATISTICS
 from nestnet.pieces import Piece, Pieces
 from nestnet.subnet import Subnet
 
-_REPEATS = 20
-_SECONDS = 0.002
-_MOST = 1000
+# How often each of the programs that are timed together has its turn, within so many seconds if it can.
+_ROUNDS = (10, 60)
+_SECONDS = 60.0
+# A turn: one call that is not counted, then so many.
+_CALLS = 8
+
+# A name, a function that JAX can trace, and the shapes of its arguments.
+Timed = tuple[str, Callable[..., Any], tuple[Any, ...]]
 
 
 class LatencyTable:
@@ -54,24 +59,24 @@ class LatencyTable:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f"{path} is damaged: {error}; remove it, and it is measured anew") from error
 
-  def ms(self, name: str, run: Callable[..., Any], *args: Any,
-         measure: Callable[..., float] | None = None) -> float:
-    """The time of `run(*args)` in milliseconds, measured if it is not known.
+  def ms(self, programs: Sequence[Timed]) -> list[float]:
+    """The time of a call of each program, in milliseconds.
 
-    Args:
-      name: What a reader of the file sees.
-      run: A function that JAX can trace.
-      *args: Trees of shapes; values are made up.
-      measure: `measure(run, *args)`, of arrays; `inner_ms` by default.
+    Those that are not known are measured together, so that their times may be compared; the names are
+    what a reader of the file sees, and values are made up.
     """
-    measure = measure or inner_ms
-    program = jax.jit(run).lower(*args).as_text()
-    key = hashlib.sha256(f"{self.device} {measure.__name__} {program}".encode()).hexdigest()[:16]
-    if key not in self.entries:
-      self.entries[key] = {"ms": measure(run, *jax.tree.map(_filled, args)), "name": name,
-                           "how": measure.__name__, "device": self.device}
+    keys = [self._key(run, args) for _, run, args in programs]
+    unknown = {key: program for key, program in zip(keys, programs, strict=True) if key not in self.entries}
+    if unknown:
+      found = interleaved_ms([(run, jax.tree.map(_filled, args)) for _, run, args in unknown.values()])
+      for (key, (name, _, _)), ms in zip(unknown.items(), found, strict=True):
+        self.entries[key] = {"ms": ms, "name": name, "device": self.device}
       atomic_write(self.path, json.dumps(self.entries, indent=1) + "\n")
-    return self.entries[key]["ms"]
+    return [self.entries[key]["ms"] for key in keys]
+
+  def _key(self, run: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    program = jax.jit(run).lower(*args).as_text()
+    return hashlib.sha256(f"{self.device} {program}".encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +99,11 @@ class LatencyError:
 class Latency:
   """The latency of any member as `offset + factor * (sum of its pieces)`.
 
-  `fit` sets the two from a few whole networks: pieces that are timed one by one know neither the
-  cost of a call nor what a larger program gains or loses by its size.
+  `fit` sets the two from a few whole networks: each piece is timed as a call of its own, and a call
+  costs something before it computes anything.
+
+  Machines change their speed from one second to the next. What is timed in one go is comparable, so
+  call `measure` first with members that show every piece.
 
   Args:
     supernet: The family.
@@ -108,7 +116,7 @@ class Latency:
     inputs = tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in supernet.inputs)
     self.pieces, self.inputs = Pieces(supernet, inputs), inputs
     self.offset, self.factor = 0.0, 1.0
-    self._known: dict[Piece, float] = {}
+    self._known: dict[Piece | Subnet, float] = {}
 
   def __call__(self, subnet: Subnet) -> float:
     """The composed latency of a member, in milliseconds."""
@@ -116,21 +124,29 @@ class Latency:
 
   def sum(self, subnet: Subnet) -> float:
     """The sum of the times of a member's pieces, in milliseconds."""
-    return sum(map(self._piece, self.pieces.of(subnet)))
-
-  def _piece(self, piece: Piece) -> float:
-    if piece not in self._known:
-      self._known[piece] = self.table.ms(
-        piece.name, piece.run, calibrated(piece.run, piece.variables, *piece.inputs), *piece.inputs)
-    return self._known[piece]
+    self.measure([subnet])
+    return sum(self._known[piece] for piece in self.pieces.of(subnet))
 
   def measured(self, subnet: Subnet) -> float:
     """The time of the whole network, in milliseconds; from the table if it was timed before."""
+    self.measure(whole=[subnet])
+    return self._known[subnet]
+
+  def measure(self, members: Iterable[Subnet] = (), whole: Iterable[Subnet] = ()) -> None:
+    """Times together what is not known yet: the pieces of `members`, and all of `whole` as they are."""
+    found = [*(piece for member in members for piece in self.pieces.of(member)), *whole]
+    unknown = list(dict.fromkeys(one for one in found if one not in self._known))
+    programs = [self._piece(one) if isinstance(one, Piece) else self._whole(one) for one in unknown]
+    self._known.update(zip(unknown, self.table.ms(programs), strict=True))
+
+  def _piece(self, piece: Piece) -> Timed:
+    return piece.name, piece.run, (calibrated(piece.run, piece.variables, *piece.inputs), *piece.inputs)
+
+  def _whole(self, subnet: Subnet) -> Timed:
     apply, inputs = self.supernet.module(subnet).apply, [resized(x, subnet) for x in self.inputs]
     variables = {"params": {}} | jax.eval_shape(
       lambda v: self.supernet.cut(v, subnet), self.supernet.shapes)
-    return self.table.ms(str(subnet), apply, calibrated(apply, variables, *inputs), *inputs,
-                         measure=whole_ms)
+    return str(subnet), apply, (calibrated(apply, variables, *inputs), *inputs)
 
   def fit(self, members: Iterable[Subnet]) -> None:
     """Sets offset and factor by least squares of relative errors, both of at least 0.
@@ -141,11 +157,13 @@ class Latency:
     members = list(members)
     if len(members) < 2:
       raise UserError(f"a fit of latencies needs at least 2 whole networks, got {len(members)}")
+    self.measure(members, members)
     sums, whole = (np.array([f(m) for m in members]) for f in (self.sum, self.measured))
     self.offset, self.factor = _affine(sums, whole)
 
   def error(self, members: Sequence[Subnet]) -> LatencyError:
     """What composition misses on members, each measured whole; name others than `fit` had."""
+    self.measure(members, members)
     rows = tuple({"subnet": str(m), "composed_ms": self(m), "measured_ms": self.measured(m)} for m in members)
     shares = np.array([abs(r["composed_ms"] / r["measured_ms"] - 1) for r in rows])
     return LatencyError(float(np.median(shares)), float(shares.max()), float(np.mean(shares <= 0.15)), rows)
@@ -167,43 +185,28 @@ def calibrated(run: Callable[..., Any], variables: dict[str, Any], *inputs: Any)
   return {**variables, **moments}
 
 
-def inner_ms(run: Callable[..., Any], variables: Any, *inputs: Any) -> float:
-  """Time of one of many runs inside one program, so that calling it costs nothing.
+def interleaved_ms(programs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[float]:
+  """Medians of the times of calls, in milliseconds, where the programs take turns.
 
-  Each run reads what the one before gave, so none is left out. The least of several is taken: what
-  else the machine does only adds.
+  Whatever speed the machine has at a moment, all meet it alike.
   """
-  def again(x, y):
-    if jax.tree.map(jnp.shape, x) == jax.tree.map(jnp.shape, y):
-      return y
-    total = sum(leaf.mean() for leaf in jax.tree.leaves(y))
-    return jax.tree.map(lambda leaf: leaf + (1e-30 * total).astype(leaf.dtype), x)
-
-  @jax.jit
-  def program(count, variables, first, *rest):
-    return jax.lax.fori_loop(0, count, lambda _, x: again(x, run(variables, x, *rest)), first)
-
-  def seconds(count):
-    began = time.perf_counter()
-    jax.block_until_ready(program(count, variables, *inputs))
-    return time.perf_counter() - began
-
-  seconds(1)
-  count = int(np.clip(_SECONDS / max(min(seconds(4) for _ in range(4)) / 4, 1e-9), 1, _MOST))
-  return 1e3 * min(seconds(count) for _ in range(_REPEATS)) / count
+  calls = [functools.partial(jax.jit(run), *args) for run, args in programs]
+  for call in calls:
+    jax.block_until_ready(call())
+  turn = lambda: [_median_seconds(call) for call in calls]
+  began = time.perf_counter()
+  turn()
+  rounds = int(np.clip(_SECONDS / (time.perf_counter() - began), *_ROUNDS))
+  return list(1e3 * np.median([turn() for _ in range(rounds)], axis=0))
 
 
-def whole_ms(run: Callable[..., Any], *args: Any) -> float:
-  """Time of a call, the least of several."""
-  call = jax.jit(run)
-  for _ in range(3):
-    jax.block_until_ready(call(*args))
+def _median_seconds(call: Callable[[], Any]) -> float:
   times = []
-  for _ in range(5 * _REPEATS):
+  for _ in range(1 + _CALLS):
     began = time.perf_counter()
-    jax.block_until_ready(call(*args))
+    jax.block_until_ready(call())
     times.append(time.perf_counter() - began)
-  return 1e3 * min(times)
+  return float(np.median(times[1:]))
 
 
 def _filled(shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -28,8 +28,9 @@ MEASURING = ("coarse_to_fine", "random")
 ACCURACIES = ("auto", "predicted", "measured")
 COSTS = ("params", "flops", "latency_ms")
 
-# Whole networks that latencies are fitted to, and others that tell how well.
-FITTED, CHECKED = 6, 5
+# Whole networks that latencies are fitted to, others that tell how well, and members whose pieces are
+# timed together with them.
+FITTED, CHECKED, SHOWN = 12, 20, 200
 # How many of the best by prediction are measured.
 VERIFIED = 8
 CHARTED = 2000
@@ -162,12 +163,15 @@ class _Searched:
     latency = Latency(self.run.supernet, LatencyTable(self.workdir / "latency.json"))
     whole = self.run.supernet.space.without_pool()
     ends = [whole.smallest, whole.largest]
-    drawn = [m for m in predict.drawn(whole, FITTED + CHECKED) if m not in ends]
-    latency.fit([*ends, *drawn[:FITTED - 2]])
-    if checked := drawn[FITTED - 2:][:CHECKED]:
+    drawn = [m for m in predict.drawn(whole, SHOWN) if m not in ends]
+    fitted, checked = [*ends, *drawn[:FITTED - 2]], drawn[FITTED - 2:][:CHECKED]
+    latency.measure([*ends, *drawn], [*fitted, *checked])
+    latency.fit(fitted)
+    if checked:
       error = latency.error(checked)
-      self.latency_report = {"device": latency.table.device, "median_error": error.median,
-                             "largest_error": error.largest, "networks": len(checked)}
+      self.latency_report = {
+        "device": latency.table.device, "median_error": error.median, "largest_error": error.largest,
+        "within_15_percent": error.within, "networks": len(checked)}
     return latency
 
   def measured(self, members: list[Subnet]) -> list[float]:
@@ -249,6 +253,6 @@ def summary(result: Mapping[str, Any]) -> str:
                  f"learned from {quality['learned_from']}")
   if latency := result.get("latency"):
     lines.append(f"latency from a table: {100 * latency['median_error']:.0f}% off in the median, "
-                 f"{100 * latency['largest_error']:.0f}% at most, on {latency['networks']} whole networks "
-                 f"({latency['device']})")
+                 f"{100 * latency['largest_error']:.0f}% at most, {100 * latency['within_15_percent']:.0f}% "
+                 f"within 15%, on {latency['networks']} whole networks ({latency['device']})")
   return "\n".join(lines)

@@ -24,6 +24,8 @@ AUTO = "auto"
 GOES_ON = "The same command on every host goes on from the newest checkpoint"
 # <linux/prctl.h>
 _SET_PARENT_DEATH_SIGNAL = 1
+# What the parent waits for.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,26 +82,34 @@ def supervised(work: Callable[[], int | None], where: Place) -> int:
     where: What the message calls the process.
 
   Returns:
-    The exit code; 75 where a signal ended the child.
+    The exit code, to end with: signals stay held back. 75 where a signal ended the child.
   """
   parent = os.getpid()
   with tempfile.TemporaryFile("w+") as loss:
-    # Held back until both know what to do with them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    # The parent asks for them: a handler that is due just as the parent begins to wait would wait as long.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     child = os.fork()
-    if child:
-      signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
-      # Ctrl-C reaches the child as well, which says so.
-      signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     if not child:
+      signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
       _work(work, parent, loss)
-    _, status = os.waitpid(child, 0)
+    status = _wait(child)
     loss.seek(0)
     message = loss.read()
   if not message and not os.WIFSIGNALED(status):
     return os.waitstatus_to_exitcode(status)
   return cli.report(message or f"{where}: {_signalled(os.WTERMSIG(status))}. {GOES_ON}", Lost.code)
+
+
+def _wait(child: int) -> int:
+  """The child's status when it ends; hands it SIGTERM. Ctrl-C reaches the child as well, which says so."""
+  # Were it ignored, as it is by default, the end of a child might not be told.
+  signal.signal(signal.SIGCHLD, lambda *_: None)
+  while True:
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+      return status
+    if signal.sigwait(_SIGNALS) == signal.SIGTERM:
+      os.kill(child, signal.SIGTERM)
 
 
 def _signalled(number: int) -> str:

@@ -36,8 +36,8 @@ def built(model, space, **recipe):
     "eval": {"calibrate_images": 8, "calibrate_batch_size": 8}})
 
 
-@pytest.mark.parametrize("model, space", [pytest.param(*CONV, marks=pytest.mark.slow), VIT],
-                         ids=["mobilenet, resolutions", "vit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model, space", [CONV, VIT], ids=["mobilenet, resolutions", "vit"])
 def test_many_members_have_the_rows_of_each_alone(model, space):
   """One program for all, however many there are; with statistics of its own for each."""
   run = built(model, space)

@@ -25,28 +25,44 @@ NET = Supernet(MODEL, mobilenet.space(MODEL, (1, 2), (1, 2), (3,)), (IMAGES,))
 def path(tmp_path_factory):
   """A table that knows both ends of the family in pieces, and one of them whole."""
   path = tmp_path_factory.mktemp("latency") / "table.json"
-  known = Latency(NET, LatencyTable(path))
-  for member in (NET.space.smallest, NET.space.largest):
-    known.sum(member)
-  known.measured(NET.space.smallest)
+  Latency(NET, LatencyTable(path)).measure([NET.space.smallest, NET.space.largest], [NET.space.smallest])
   return path
 
 
-def test_latency_is_the_sum_of_its_pieces_from_the_file(path, monkeypatch):
+@pytest.fixture
+def timed(monkeypatch):
+  """The shapes of what is timed, by call of `interleaved_ms`; the times are 1, 2, ... ms."""
+  calls = []
+
+  def measure(programs):
+    calls.append([jax.tree.map(jnp.shape, args) for _, args in programs])
+    return [1.0 + i for i in range(len(programs))]
+
+  monkeypatch.setattr(latency, "interleaved_ms", measure)
+  return calls
+
+
+def test_latency_is_the_sum_of_its_pieces_from_the_file(path, timed):
   """Nothing is measured again: the largest has the pieces around its layers, the first, the second."""
-  def refuse(*_):
-    raise AssertionError("measured again")
-  refuse.__name__ = "inner_ms"
-  monkeypatch.setattr(latency, "inner_ms", refuse)
-  entries = list(json.loads(path.read_text()).values())
-  pieces = {e["name"]: e["ms"] for e in entries if e["how"] == "inner_ms"}
-  assert len(pieces) == 4 and all(ms > 0 for ms in pieces.values())
+  pieces = {e["name"]: e["ms"] for e in json.loads(path.read_text()).values()}
+  whole = pieces.pop(str(NET.space.smallest))
+  assert len(pieces) == 4 and whole > 0 and all(ms > 0 for ms in pieces.values())
   known = Latency(NET, LatencyTable(path))
   names = [p.name for p in known.pieces.of(NET.space.largest)]
   assert known.sum(NET.space.largest) == pytest.approx(sum(pieces[name] for name in names))
   assert known(NET.space.largest) == known.sum(NET.space.largest)
-  with pytest.raises(AssertionError, match="measured again"):
-    known.sum(NET.space.subnet("layers_1=2,expand_1=2:1"))
+  assert known.measured(NET.space.smallest) == whole
+  assert not timed
+
+
+def test_what_is_measured_together_takes_turns(tmp_path, timed):
+  known = Latency(NET, LatencyTable(tmp_path / "table.json"))
+  known.fit(NET.space)
+  members = list(NET.space)
+  pieces = {piece for member in members for piece in known.pieces.of(member)}
+  assert [len(call) for call in timed] == [len(pieces) + len(members)]
+  known.error(members)
+  assert len(timed) == 1
 
 
 def test_of_one_image_unless_told_otherwise(path):
@@ -54,21 +70,15 @@ def test_of_one_image_unless_told_otherwise(path):
   assert Latency(NET, LatencyTable(path), batch=3).pieces.inputs[0].shape == (3, 8, 8, 1)
 
 
-def test_another_device_or_version_is_measured_for_itself(path):
-  run, x = lambda x: x + 1, jax.ShapeDtypeStruct((3,), jnp.float32)
-  table, calls = LatencyTable(path), []
-
-  def measure(run, *args):
-    calls.append(jax.tree.map(jnp.shape, args))
-    return 1.0
-
-  for _ in range(2):
-    table.ms("add", run, x, measure=measure)
-  assert calls == [((3,),)]
-  table.ms("add", run, jax.ShapeDtypeStruct((3,), jnp.bfloat16), measure=measure)
+def test_another_device_or_version_is_measured_for_itself(path, timed):
+  run, table = lambda x: x + 1, LatencyTable(path)
+  of = lambda dtype: [("add", run, (jax.ShapeDtypeStruct((3,), dtype),))]
+  assert table.ms(of(jnp.float32)) == table.ms(of(jnp.float32) * 2)[:1] == [1.0]
+  assert timed == [[((3,),)]]
+  assert LatencyTable(path).ms([*of(jnp.float32), *of(jnp.bfloat16)]) == [1.0, 1.0]
   table.device = "another"
-  table.ms("add", run, x, measure=measure)
-  assert len(calls) == 3
+  table.ms(of(jnp.float32))
+  assert [len(call) for call in timed] == [1, 1, 1]
 
 
 def test_fit_recovers_what_a_call_costs(path, monkeypatch):
@@ -76,6 +86,7 @@ def test_fit_recovers_what_a_call_costs(path, monkeypatch):
   members = list(NET.space)
   for i, member in enumerate(members):
     sums[member] = 1.0 + i
+  monkeypatch.setattr(known, "measure", lambda *_: None)
   monkeypatch.setattr(known, "sum", sums.__getitem__)
   monkeypatch.setattr(known, "measured", lambda m: 0.5 + 0.75 * sums[m])
   assert known.error(members).within < 1
@@ -101,7 +112,7 @@ def test_damaged_tables_are_said_to_be(tmp_path):
 
 
 def test_times_grow_with_work():
-  small, large = (jax.numpy.ones((n, n)) for n in (16, 512))
-  multiply = lambda variables, x: x @ variables
-  assert latency.inner_ms(multiply, large, large) > 5 * latency.inner_ms(multiply, small, small)
-  assert latency.whole_ms(multiply, large, large) > 0
+  multiply = lambda x, y: x @ y
+  small, large = ((multiply, (jnp.ones((n, n)),) * 2) for n in (16, 512))
+  few, much = latency.interleaved_ms([small, large])
+  assert much > 5 * few > 0

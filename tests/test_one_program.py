@@ -158,9 +158,10 @@ def test_untouched_weights_stay():
     assert other.any() and not other[~np.asarray(own)].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, options, gradients", [
   # The sandwich: the largest, which teaches, and one program for all that are taught.
-  pytest.param("sandwich", {"random": 102}, 2, marks=pytest.mark.slow), ("sorted", {"n": 100}, 1)], ids=str)
+  ("sandwich", {"random": 102}, 2), ("sorted", {"n": 100}, 1)], ids=str)
 def test_a_thousand_members_compile_one_program_for_each_role(caplog, name, options, gradients):
   space = Space(layers=(8, 9, 10), embed=(4, 8), heads=(1, 2), mlp=(4, 8), per_layer=("heads", "mlp"))
   model = ViT(layers=10, embed=8, heads=2, mlp=8, classes=3, head_dim=4)

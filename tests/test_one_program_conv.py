@@ -106,7 +106,8 @@ def close(found, expected, share=1e-8, least=1e-12):
     assert np.abs(a - b).max() <= share * np.abs(b).max() + least
 
 
-@pytest.mark.parametrize("name", ["centre", pytest.param("transforms", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["centre", "transforms"])
 def test_as_data_equals_the_slice_and_the_extracted_network(name, wide):
   """Logits, gradients and moments of the batch; statistics that are given are used."""
   net, one, variables = family(name)
