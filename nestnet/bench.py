@@ -44,7 +44,7 @@ def bench(config: Mapping[str, Any], batch_size: int = 0, pairs: int = 20, only:
       50 ms.
     pairs: Pairs for each ratio.
     only: Names of `PARTS`; all by default.
-    peer: `"torch"`: also against eager PyTorch (`nestnet.peers.torch_vit`).
+    peer: `"torch"`: also against eager PyTorch (`nestnet.peers.torch_peer`).
     say: Called with a line about what is measured next.
 
   Returns:
@@ -192,12 +192,12 @@ def _peer(name: str) -> Callable[..., Any]:
   if name not in PEERS:
     raise one_of("peer", name, PEERS)
   try:
-    from nestnet.peers import torch_vit
+    from nestnet.peers.torch_peer import Peer
   except ModuleNotFoundError as error:
     if error.name != "torch":
       raise
     raise UserError("--peer=torch needs PyTorch, which is not here: pip install torch==2.13.0") from None
-  return torch_vit.Peer
+  return Peer
 
 
 PARTS: dict[str, Callable[[Bed], Any]] = {

@@ -131,6 +131,6 @@ def test_wrong_options_are_said_at_once(options, message):
 
 def test_a_missing_peer_is_said_before_anything_runs(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  monkeypatch.delitem(sys.modules, "nestnet.peers.torch_vit", raising=False)
+  monkeypatch.delitem(sys.modules, "nestnet.peers.torch_peer", raising=False)
   with pytest.raises(errors.UserError, match="needs PyTorch, which is not here: pip install torch==2.13.0"):
     bench.bench({}, peer="torch")
