@@ -16,12 +16,13 @@ from nestnet.evaluators.classification import classification
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+WEIGHTS = (ROOT / "docs" / "once_for_all.md").read_text()
 
 
-def blocks(language="python"):
+def blocks(text=README, language="python"):
   """Fenced blocks with the comment that stands above them: `[(comment, code)]`."""
   pattern = rf"(?:<!-- ([^>]*) -->\n)?```{language}\n(.*?)```"
-  return [(comment or "", code) for comment, code in re.findall(pattern, README, re.DOTALL)]
+  return [(comment or "", code) for comment, code in re.findall(pattern, text, re.DOTALL)]
 
 
 def test_readme_is_short():
@@ -56,8 +57,8 @@ def test_named_configs_load():
 
 @pytest.mark.slow
 def test_weights_of_the_authors_become_a_network_of_their_own(tmp_path, monkeypatch):
-  """README's lines, on names and shapes of the narrower network with fewer classes."""
-  (code,) = [code for comment, code in blocks() if comment == "authors' weights"]
+  """The page's lines, on names and shapes of the narrower network with fewer classes."""
+  (code,) = [code for comment, code in blocks(WEIGHTS) if comment == "authors' weights"]
   keys = json.loads((ROOT / "tests/fixtures/once_for_all/mbv3_keys.json").read_text())
   monkeypatch.chdir(tmp_path)
   (file,) = re.findall(r"\w\S*safetensors", code)
