@@ -20,6 +20,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.models.layers import Linear, grouped_attention, project, rms_norm
 from nestnet.models.rotary import frequencies, rotate, scaling
 from nestnet.models.stack import constant, stack
+from nestnet.models.switch import CHOICE
 from nestnet.space import Space
 from nestnet.subnet import Size, Subnet, derived, kept_ids
 
@@ -167,7 +168,8 @@ class Decoder(nn.Module):
       their logits `[exits, batch, length, vocab]`.
 
     Raises:
-      ValueError: The sequence is longer than the context, or an exit is behind the last block.
+      ValueError: The sequence is longer than the context, an exit is behind the last block, or there is a
+        cache where data chooses the network.
     """
     if tokens.shape[1] > self.context:
       raise UserError(f"Decoder: a sequence of {tokens.shape[1]} tokens; allowed are at most "
@@ -175,6 +177,9 @@ class Decoder(nn.Module):
     if not all(0 <= exit < self.layers for exit in exits):
       raise UserError(f"Decoder: exits={tuple(exits)}; allowed are 0 to {self.layers - 1}")
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    if {"cache", CHOICE} <= {*self.variables}:
+      raise UserError("a cache belongs to one network, and here data chooses which; allowed is the member's "
+                      "own module")
     ordered = positions is None
     if ordered:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
