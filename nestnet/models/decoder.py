@@ -168,8 +168,7 @@ class Decoder(nn.Module):
       their logits `[exits, batch, length, vocab]`.
 
     Raises:
-      ValueError: The sequence is longer than the context, an exit is behind the last block, or there is a
-        cache where data chooses the network.
+      ValueError: The sequence is longer than the context, or an exit is behind the last block.
     """
     if tokens.shape[1] > self.context:
       raise UserError(f"Decoder: a sequence of {tokens.shape[1]} tokens; allowed are at most "
@@ -177,9 +176,6 @@ class Decoder(nn.Module):
     if not all(0 <= exit < self.layers for exit in exits):
       raise UserError(f"Decoder: exits={tuple(exits)}; allowed are 0 to {self.layers - 1}")
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    if {"cache", CHOICE} <= {*self.variables}:
-      raise UserError("a cache belongs to one network, and here data chooses which; allowed is the member's "
-                      "own module")
     ordered = positions is None
     if ordered:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -190,6 +186,9 @@ class Decoder(nn.Module):
         Attention, head_dim=self.head_dim, qk_norm=self.qk_norm, use_bias=self.attention_bias,
         rope_theta=self.rope_theta, rope_scaling=self.rope_scaling, norm_eps=self.norm_eps, **typed),
       "mlp": functools.partial(MLP, norm_eps=self.norm_eps, **typed)}
+    if {"cache", CHOICE} <= {*self.variables}:
+      raise UserError("a cache belongs to one network, and here data chooses which; allowed is the member's "
+                      "own module")
     skips = {"layer_dropout": self._rates(), "layer": range(self.layers)} if self.layer_dropout else None
     key = self.make_rng("dropout") if train and skips else None
     queries = _queries(self.heads, self.kv_heads)
