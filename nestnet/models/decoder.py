@@ -189,6 +189,9 @@ class Decoder(nn.Module):
         Attention, head_dim=self.head_dim, qk_norm=self.qk_norm, use_bias=self.attention_bias,
         rope_theta=self.rope_theta, rope_scaling=self.rope_scaling, norm_eps=self.norm_eps, **typed),
       "mlp": functools.partial(MLP, norm_eps=self.norm_eps, **typed)}
+    if {"cache", CHOICE} <= {*self.variables}:
+      raise UserError("a cache belongs to one network, and here data chooses which; allowed is the member's "
+                      "own module")
     skips = {"layer_dropout": self._rates(), "layer": range(self.layers)} if self.layer_dropout else None
     key = self.make_rng("dropout") if train and skips else None
     queries = _queries(self.heads, self.kv_heads)

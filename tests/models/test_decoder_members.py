@@ -12,7 +12,7 @@ import pytest
 from nestnet import Space, Subnet, cost, take
 from nestnet.axes import is_axes, variable_axes
 from nestnet.execution import Supernet, sizes_of
-from nestnet.models.decoder import head_rows
+from nestnet.models.decoder import head_rows, init_cache
 from nestnet.one_program import OneProgram
 from nestnet.pieces import Pieces
 from tests.models.test_decoder import (
@@ -146,6 +146,16 @@ def test_layers_are_dropped_in_one_program_too():
 
   found = jax.eval_shape(gradient, one.vector(space.smallest), net.shapes)
   assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, net.shapes["params"])
+
+
+def test_a_cache_belongs_to_one_network():
+  def run(runnable, variables):
+    variables = {**runnable.cut(variables), "choice": runnable.choice}
+    return runnable.module.apply({**variables, "cache": init_cache(PLAIN, *TOKENS.shape)}, TOKENS)
+
+  one, vector = OneProgram(family(PLAIN)[0]), np.zeros(99, np.int32)
+  with pytest.raises(ValueError, match="a cache belongs to one network.*the member's own module"):
+    jax.eval_shape(lambda v: one.switch(run, vector, v), family(PLAIN)[1])
 
 
 def test_costs_are_sums_over_layers_and_the_closed_form():
