@@ -70,7 +70,7 @@ class Sort:
 
     Raises:
       ValueError: An unknown axis, one that no kernel reads, or an order that changes what the largest
-        network computes: the model then has a name for two spaces, or two names for one (see `tied`).
+        network computes: the model then has a name for two spaces, or two names for one (see `tied_axes`).
     """
     # The state is still that of the phase before.
     step = border.before or border.after
@@ -126,7 +126,7 @@ def orders(supernet: Supernet, axes: Any, weights: Any, wanted: Iterable[str], b
   """The orders of axes, most important units first, dealt round-robin into the groups of the space.
 
   Args:
-    supernet: The family. `tied` of its model names axes whose units are the same, a tuple for each
+    supernet: The family. `tied_axes` of its model names axes whose units are the same, a tuple for each
       space, the longest first; shorter ones are leading parts of it. `together` of it says how many
       units side by side move as one, as those do that GroupNorm normalises as one.
     axes: Axis names of `weights`.
@@ -142,7 +142,7 @@ def orders(supernet: Supernet, axes: Any, weights: Any, wanted: Iterable[str], b
   full, inside, read = _lengths(axes, weights), _inside(axes), set()
   for _, names, _ in named_leaves(axes):
     read |= names.contracted
-  spaces = {axis: space for space in getattr(supernet.model, "tied", ()) for axis in space}
+  spaces = {axis: space for space in getattr(supernet.model, "tied_axes", ()) for axis in space}
   found: dict[str, Order] = {}
   for axis in wanted:
     if axis not in full:

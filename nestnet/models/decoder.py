@@ -20,6 +20,7 @@ from nestnet.errors import UserError, one_of
 from nestnet.models.layers import Linear, grouped_attention, project, rms_norm
 from nestnet.models.rotary import frequencies, rotate, scaling
 from nestnet.models.stack import constant, stack
+from nestnet.models.switch import CHOICE
 from nestnet.space import Space
 from nestnet.subnet import Size, Subnet, derived, kept_ids
 
@@ -142,7 +143,7 @@ class Decoder(nn.Module):
       why = "does not divide into these groups" if heads % kv_heads else (
         f"has {heads // kv_heads} heads in a group, where the largest has {full}")
       raise UserError(f"the space has heads={heads} beside kv_heads={kv_heads}, which {why}; allowed are "
-                      "sizes that go together, as with couple={'heads kv_heads': [[2, 1], [4, 2]]}")
+                      "sizes that go together, as with couple={'kv_heads heads': [[1, 2], [2, 4]]}")
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None, train: bool = False,
@@ -175,7 +176,8 @@ class Decoder(nn.Module):
     if not all(0 <= exit < self.layers for exit in exits):
       raise UserError(f"Decoder: exits={tuple(exits)}; allowed are 0 to {self.layers - 1}")
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    if positions is None:
+    ordered = positions is None
+    if ordered:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     x, table = Embedding(self.vocab, self.embed, name="embedding", **typed)(tokens)
 
@@ -184,6 +186,9 @@ class Decoder(nn.Module):
         Attention, head_dim=self.head_dim, qk_norm=self.qk_norm, use_bias=self.attention_bias,
         rope_theta=self.rope_theta, rope_scaling=self.rope_scaling, norm_eps=self.norm_eps, **typed),
       "mlp": functools.partial(MLP, norm_eps=self.norm_eps, **typed)}
+    if {"cache", CHOICE} <= {*self.variables}:
+      raise UserError("a cache belongs to one network, and here data chooses which; allowed is the member's "
+                      "own module")
     skips = {"layer_dropout": self._rates(), "layer": range(self.layers)} if self.layer_dropout else None
     key = self.make_rng("dropout") if train and skips else None
     queries = _queries(self.heads, self.kv_heads)
@@ -191,7 +196,7 @@ class Decoder(nn.Module):
       parts, x, layers=self.layers, constants=skips, remat=self.remat, taps=taps or bool(exits),
       unroll=self.unroll,
       sizes={"attention": {"kv_heads": self.kv_heads, "queries": queries}, "mlp": {"mlp": self.mlp}},
-      positions=positions, key=key)
+      positions=positions, ordered=ordered, key=key)
 
     norm = rms_norm("norm", epsilon=self.norm_eps, **typed)
     linear = functools.partial(Linear, "embed -> vocab", (self.vocab,), use_bias=False, **typed)
@@ -203,6 +208,16 @@ class Decoder(nn.Module):
   def _rates(self):
     last = max(1, self.layers - 1)
     return [self.layer_dropout * (2 ** (i / last) - 1) for i in range(self.layers)]
+
+
+def head_rows(kv_heads: Sequence[int], queries: Sequence[int]) -> tuple[tuple[int, int], ...]:
+  """Rows for `couple={"kv_heads heads": ...}` of a space: so many groups with so many heads in each.
+
+  Example:
+    >>> head_rows(kv_heads=(1, 2), queries=(1, 2))
+    ((1, 1), (1, 2), (2, 2), (2, 4))
+  """
+  return tuple((groups, groups * heads) for groups in kv_heads for heads in queries)
 
 
 def init_cache(module: Decoder, batch: int, slots: int, dtype: Any = None) -> dict[str, Any]:
@@ -250,8 +265,8 @@ class Embedding(nn.Module):
   def __call__(self, tokens):
     table = self.param("embedding", axes(nn.initializers.normal(0.02), "vocab -> embed"),
                        (self.vocab, self.embed), self.param_dtype)
-    # Padding may be -1; what is beyond the table becomes NaN, which nobody overlooks.
-    return jnp.take(table, jnp.maximum(tokens, 0), axis=0).astype(self.dtype), table
+    # Padding, -1, reads the last row; what is beyond the table becomes NaN, which nobody overlooks.
+    return jnp.take(table, tokens, axis=0).astype(self.dtype), table
 
 
 class Attention(nn.Module):
@@ -269,7 +284,7 @@ class Attention(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, constants, *, positions, key):
+  def __call__(self, x, constants, *, positions, ordered, key):
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     linear = functools.partial(Linear, use_bias=self.use_bias, **typed)
     y = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)
@@ -284,6 +299,8 @@ class Attention(nn.Module):
     q, k = rotate(q, positions, waves), rotate(k, positions, waves)
     if self.has_variable("cache", "key"):
       k, v, visible = self._cached(k, v, positions)
+    elif ordered:
+      visible = None
     else:
       visible = (positions[:, None] <= positions[:, :, None]) & (positions[:, None] >= 0)
     y = grouped_attention(q, k, v, visible)
@@ -314,8 +331,8 @@ class MLP(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, constants, *, positions, key):
-    del positions
+  def __call__(self, x, constants, *, positions, ordered, key):
+    del positions, ordered
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     linear = functools.partial(Linear, use_bias=False, **typed)
     y = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)

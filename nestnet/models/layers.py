@@ -13,6 +13,10 @@ from nestnet.axes import Axes, axes
 from nestnet.models.stack import constant
 
 
+# Of the queries of a long sequence; more save little and take long to compile.
+BLOCKS = 4
+
+
 class Linear(nn.Module):
   """A projection written as one 2-D matmul, whatever axes it reads and produces.
 
@@ -86,7 +90,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   return jnp.swapaxes(jnp.einsum("bhts,bhsd->bhtd", weights, v), 1, 2)
 
 
-def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None = None
+                      ) -> jax.Array:
   """Attention of groups of heads that share keys and values (2305.13245); scores in float32.
 
   Args:
@@ -94,10 +99,24 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arr
     k: `[batch, keys, kv_heads, head_dim]`.
     v: As `k`.
     visible: Booleans `[batch or 1, length, keys]`; a query that sees nothing gets a finite mean of all.
+      None: each query sees the keys up to its own.
 
   Returns:
     As `q`.
   """
+  length = q.shape[1]
+  if visible is not None:
+    return _grouped(q, k, v, visible)
+  # Long sequences in blocks, each with the keys up to its end: 3/8 less of what nobody sees.
+  blocks = BLOCKS if length >= 32 * BLOCKS else 1
+  ends = [length * i // blocks for i in range(blocks + 1)]
+  order = jnp.arange(length)[None]
+  return jnp.concatenate([
+    _grouped(q[:, start:end], k[:, :end], v[:, :end], order[:, None, :end] <= order[:, start:end, None])
+    for start, end in zip(ends, ends[1:])], axis=1)
+
+
+def _grouped(q, k, v, visible):
   batch, length, groups, queries, width = q.shape
   # The queries of a group as further rows: one product for each group, whose keys are not repeated.
   q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, queries * length, width)

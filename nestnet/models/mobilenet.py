@@ -163,7 +163,7 @@ class MobileNet(nn.Module):
     return range(self.layers_0 is None, len(self.widths))
 
   @property
-  def tied(self) -> tuple[tuple[str, ...], ...]:
+  def tied_axes(self) -> tuple[tuple[str, ...], ...]:
     """Axes whose units are the same: those of stages that a residual connection joins."""
     spaces = [["stem"]]
     for stage, stride in enumerate(self.strides):

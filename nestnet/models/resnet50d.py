@@ -85,7 +85,7 @@ class ResNet50D(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   # Axes whose units are the same.
-  tied = (("stem", "stem_sum"),)
+  tied_axes = (("stem", "stem_sum"),)
   # What stands outside of the stacks of blocks.
   singles = ("stem", "stem_out", "classifier")
 

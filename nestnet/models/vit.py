@@ -79,7 +79,7 @@ class ViT(nn.Module):
     super().__post_init__()
 
   @property
-  def tied(self) -> tuple[tuple[str, ...], ...]:
+  def tied_axes(self) -> tuple[tuple[str, ...], ...]:
     """Axes whose units are the same, shorter ones being leading parts of the first."""
     return (("embed", "features"),) if self.features else ()
 

@@ -81,7 +81,7 @@ def test_squeeze_excite_of_the_block_before_the_stages_follows_the_stem():
 
 @pytest.mark.parametrize("model", [MobileNetV3(10), AttentiveNAS(10)], ids=["fixed block", "stage"])
 def test_units_of_the_stem_are_those_of_the_block_behind_it(model):
-  assert model.tied == (("stem", "embed_0"),)
+  assert model.tied_axes == (("stem", "embed_0"),)
 
 
 # Spaces.
