@@ -40,6 +40,11 @@ class Metric:
     note = self.unit or "lower is better" * self.lower_is_better
     return f" ({note})" if note else ""
 
+  @property
+  def in_tables(self) -> str:
+    """What the numbers of a table of comparisons are, whose cells have no unit."""
+    return self.title + (" in percent" if self.unit == "%" else self.note)
+
   def score(self, value: float) -> float:
     """The value as a number of which the largest is the best."""
     return -value if self.lower_is_better else value

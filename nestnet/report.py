@@ -236,7 +236,7 @@ def compare_table(results: Sequence[Result]) -> str:
           for recipe in grid.recipes])
     spent = [f"- {recipe}: {_spent(grid.of(recipe))}" for recipe in grid.recipes]
     sections.append("\n".join([
-        f"### {sentence(budget)}", "", f"{_measured(metric)}, mean ± 95% interval over seeds.",
+        f"### {sentence(budget)}", "", f"Test {metric.in_tables}, mean ± 95% interval over seeds.",
         "", _markdown_table(lines), "", *spent]))
   return "\n\n".join(sections)
 
@@ -374,14 +374,12 @@ def _estimate(
   return text if math.isnan(half) else f"{text} ± {metric.scale * half:{style}}"
 
 
-def _measured(metric: metrics.Metric) -> str:
-  return f"Test {metric.title}{' in percent' if metric.unit == '%' else metric.note}"
-
-
 def _differences(metric: metrics.Metric, baseline: str) -> str:
   """What a table's differences are, and what their sign says."""
-  return (f"Points of test {metric.title}" if metric.unit == "%" else
-          f"Test {metric.title} less that of {baseline} ({'-' if metric.lower_is_better else '+'} is better)")
+  if metric.unit == "%":
+    return f"Points of test {metric.title}"
+  side = "below" if metric.lower_is_better else "above"
+  return f"Test {metric.title} less that of {baseline} ({side} 0 is better)"
 
 
 def _spent(results: Sequence[Result]) -> str:

@@ -64,7 +64,7 @@ def test_compared_means_mark_the_lowest_and_differences_say_their_sign():
   # Equal as shown: both are best.
   assert all(cell.startswith("**1.500** ± 0.000") for cell in twenty)
   text = report.difference_table(results)
-  assert "Test bits per byte less that of separate (- is better), paired by seed" in text
+  assert "Test bits per byte less that of separate (below 0 is better), paired by seed" in text
   ten, twenty = [line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| mlp")]
   assert ten.startswith("**-0.100** ± ") and twenty.startswith("**+0.000** ± 0.000")
 

@@ -182,7 +182,7 @@ def test_a_page_of_recipes_is_in_bits(tmp_path):
   records = compare.gather(tasks, ("equal steps",))
   assert all(set(r) >= {"bits_per_byte", "validation_bits_per_byte"} and "accuracy" not in r for r in records)
   text = compare.write_page(tmp_path / "page.md", records, tasks, 1, "")
-  assert text.count("**-0.250** ± 0.000") == 2 and "less that of separate (- is better)" in text
+  assert text.count("**-0.250** ± 0.000") == 2 and "less that of separate (below 0 is better)" in text
   assert "![Bits per byte against size](page.png)" in (tmp_path / "page.md").read_text()
 
 

@@ -189,7 +189,7 @@ def held_out(name: str, splits: Mapping[str, Sequence[Any]]) -> dict[str, Sequen
 
   Example:
     >>> {split: list(rows) for split, rows in held_out("a", {"train": range(12)}).items()}
-    {'train': [0, 1, 2, 3, 4, 5, 6, 7, 8, 10], 'test': [9], 'validation': [11]}
+    {'train': [0, 1, 2, 3, 4, 5, 6, 7, 8, 11], 'test': [9], 'validation': [10]}
   """
   splits = {split: documents for split, documents in splits.items() if len(documents)}
   if "test" not in splits and "validation" in splits:
