@@ -11,7 +11,7 @@ import pytest
 from flax.core import meta
 
 from nestnet import Subnet, extract
-from nestnet.generate import Differences, differences, filtered, generate
+from nestnet.generate import DRAFT, DRAW, Differences, differences, filtered, generate, sampling
 from nestnet.models.decoder import Decoder
 from nestnet.timing import compilations
 
@@ -122,6 +122,13 @@ def test_a_draw_depends_on_seed_row_and_position_alone(variables):
   assert len({tuple(row) for row in draw([PROMPTS[2]] * 3)}) == 3
   assert draw(PROMPTS, seed=1) != found
   assert any(len(set(row)) > 3 for row in found)
+
+
+def test_no_two_draws_are_one():
+  how, places = sampling(1.0, None, None, seed=0), jnp.tile(jnp.arange(6)[None], (2, 1))
+  drawn = [jax.jit(functools.partial(how.draw, purpose=purpose))(jnp.zeros((2, 6, 10_000)), places)
+           for purpose in (DRAW, DRAFT)]
+  assert len(set(np.ravel(drawn).tolist())) == 24
 
 
 def test_few_programs_are_compiled(variables):
