@@ -210,6 +210,7 @@ def test_a_phase_that_differs_is_named_by_its_key(phased):
   assert allowed.startswith("(train.eval_every,") and "train.steps may not" in allowed
 
 
+@pytest.mark.slow
 def test_what_may_differ_is_recorded(run, command):
   code, _, err = command("train", f"--config={run.parent}/tiny.py", f"--workdir={run}",
                          "--config.train.steps=3", "--config.train.checkpoint_every=2",

@@ -12,6 +12,8 @@ import pytest
 from nestnet import build, cost, dryrun, evaluation, hlo, recipes, tpus
 from nestnet.sharding import put_batch
 
+pytestmark = pytest.mark.slow
+
 CHIP = tpus.Chip(hbm=2**30, flops=1e12, bandwidth=1e11, link=1e9, ring=8, slices=("8",))
 RING = tpus.Topology("test:8", CHIP, (8,))
 SMALL, LARGE = ("layers=1,embed=8,heads=2,mlp=16", "layers=2,embed=16,heads=2,mlp=16")

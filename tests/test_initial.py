@@ -59,6 +59,7 @@ def border(run):
   return Border(None, run.phases[0].step, run.batches)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_and_goes_on_without_them(folder, tmp_path):
   expected = randomised(VIT, IMAGES)["params"]
   run, state = train(config_of(folder, teacher="frozen"), tmp_path / "run")
@@ -78,6 +79,7 @@ def test_a_run_begins_with_the_weights_and_goes_on_without_them(folder, tmp_path
   assert not (tmp_path / "another").exists()
 
 
+@pytest.mark.slow
 def test_a_member_that_trains_alone_begins_with_its_slice(folder):
   run = build.build(config_of(folder, subnet="layers=1,embed=8"))
   step = run.phases[0].step

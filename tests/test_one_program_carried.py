@@ -122,6 +122,7 @@ PLAIN = Supernet(Plain(3, 4, 6, 4), Space(
   (jax.ShapeDtypeStruct(X.shape, X.dtype),))
 
 
+@pytest.mark.slow
 def test_a_plain_member_as_data_is_the_member():
   """Logits, gradients of weights and of an input beside `x`, and exactly zero outside of the slice."""
   one, rng = OneProgram(PLAIN), np.random.default_rng(0)

@@ -135,6 +135,7 @@ def test_a_member_alone_is_cut_layer_by_layer(wide):
         jax.jit(functools.partial(evaluated, net.runnable(subnet)))(variables))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_what_a_vector_uses_is_what_the_slice_uses(name, wide):
   net, one, variables = family(name)
@@ -145,6 +146,7 @@ def test_what_a_vector_uses_is_what_the_slice_uses(name, wide):
   assert not all(leaf.all() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_statistics_of_absent_blocks_are_zero(wide):
   net, one, variables = family("centre")
   vector = one.vector(net.space.subnet(MEMBERS["centre"][0]))

@@ -208,6 +208,7 @@ def test_two_processes_compute_what_one_does(folder):
     np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_unequal_processes_are_told(folder):
   workdir = folder / "unequal"
   jobs = launch(folder, workdir, own=((), ["--config.recipe.sampler.random=1"]))

@@ -162,7 +162,7 @@ CASES = {
 
 
 PICKS = {"attentive_nas": min, "attentive_nas_worst_up": max}
-SLOW = ("bignas", "attentive_nas_worst_up")
+SLOW = ("bignas", "ofa", "attentive_nas_worst_up")
 
 
 @pytest.mark.parametrize("name", [

@@ -94,6 +94,7 @@ def test_teacher_and_student_see_images_of_their_own(execution):
     np.testing.assert_allclose(found, own, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_program_has_a_branch_for_each(params):
   one = OneProgram(NET)
   assert one.outer == ("resolution",) and len(one.widths) == 3

@@ -158,6 +158,7 @@ def test_a_method_of_the_users_own(method, tmp_path):
     np.testing.assert_array_equal(own["bias"], state.trained["objective"]["bias"])
 
 
+@pytest.mark.slow
 def test_metrics_are_those_of_the_first_sub_network(tmp_path):
   assert runs.train(config("contrast"), tmp_path, show_progress=False)
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -119,9 +119,9 @@ def probabilities(module, variables, temperature, new):
   return np.take_along_axis(np.asarray(chances, np.float64), texts[:, :, None], 2)[:, :, 0].prod(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text, count", [
-  ("layers=1", 2), pytest.param("layers=1", 1, marks=pytest.mark.slow),
-  pytest.param("embed=4", 4, marks=pytest.mark.slow), pytest.param("mlp=2", 3, marks=pytest.mark.slow)])
+  ("layers=1", 2), ("layers=1", 1), ("embed=4", 4), ("mlp=2", 3)])
 def test_what_is_drawn_has_the_target_s_distribution(text, count):
   variables, temperature, new = randomised(TOY, seed=3, scale=0.7), 0.5, 3
   draw = functools.partial(speculate, TOY, variables, Subnet.parse(text), max_new_tokens=new,

@@ -15,6 +15,8 @@ from nestnet.errors import UserError
 from nestnet.interop import hugging_face
 from nestnet.training import Border
 
+pytestmark = pytest.mark.slow
+
 
 class Rhyme:
   train = [{"text": f"{i} potato, {i + 1} potato"} for i in range(30)]

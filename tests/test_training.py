@@ -89,6 +89,7 @@ def same(a, b):
 # Phases.
 
 
+@pytest.mark.slow
 def test_transition_runs_once_at_the_boundary_and_a_teacher_appears(tmp_path):
   seen = []
 

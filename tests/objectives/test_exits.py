@@ -117,7 +117,7 @@ CASES = {"soft": ({"depths": (1, 3)}, {}, (0.5, 0, 0.5)),
          "layerskip": ({}, {"interval": 3}, (0, 0.2 / 2.4, 2.2 / 2.4))}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param("soft", marks=pytest.mark.slow), "layerskip"])
 def test_a_step_is_the_formula(name):
   arguments, changes, weights = CASES[name]
   config = recipes.recipe(name, **arguments)
