@@ -1,6 +1,6 @@
 """Writes on from prompts with a member of a trained family, or with a network in a folder.
 
-python -m experiments.generate --workdir=runs/stdlib_matformer --prompt='def main(' --draft=layers=2
+python -m experiments.generate --workdir=runs/stdlib_matformer --prompt='def main(' --draft=mlp=64
 """
 
 from absl import flags
