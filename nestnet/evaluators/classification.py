@@ -123,8 +123,10 @@ def metrics(logits: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float
   yield "loss", float(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean())
 
 
-def batches(images: np.ndarray, size: int = BATCH) -> Iterator[np.ndarray]:
-  """Equal batches, so that one program serves all; the last is filled up with its first image."""
+def batches(images: np.ndarray, size: int = 0) -> Iterator[np.ndarray]:
+  """Equal batches, of `BATCH` by default, so that one program serves all; the last is filled up with its
+  first image."""
+  size = size or BATCH
   for start in range(0, len(images), size):
     batch = images[start:start + size]
     yield np.concatenate([batch, np.repeat(batch[:1], size - len(batch), axis=0)])
