@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 from nestnet import errors, latency
 from nestnet.execution import Supernet
@@ -116,3 +118,18 @@ def test_times_grow_with_work():
   small, large = ((multiply, (jnp.ones((n, n)),) * 2) for n in (16, 512))
   few, much = latency.interleaved_ms([small, large])
   assert much > 5 * few > 0
+
+
+def test_programs_take_turns(monkeypatch):
+  """Each has a turn before any has its next."""
+  monkeypatch.setattr(latency, "_ROUNDS", (2, 2))
+  order = []
+
+  def program(name):
+    def note(x):
+      order.append(name)
+      return x
+    return lambda x: io_callback(note, jax.ShapeDtypeStruct(x.shape, x.dtype), x), (jnp.ones(1),)
+
+  assert len(latency.interleaved_ms([program("a"), program("b")])) == 2
+  assert [name for name, _ in itertools.groupby(order)] == ["a", "b"] * 4
