@@ -6,6 +6,8 @@ import pathlib
 import jax
 import pytest
 
+from nestnet.timing import compilations
+
 CACHE = pathlib.Path(os.environ.get("NESTNET_TEST_CACHE", "~/.cache/nestnet/compiled")).expanduser()
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -13,6 +15,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture
+def compiled():
+  """The names of the programs that a test has compiled until now, such as `"jit(step)"`.
+
+  JAX's own count of what a function has compiled forgets what has not run for a while.
+  """
+  with compilations() as found:
+    yield found.programs
 
 
 @pytest.fixture(scope="session", autouse=True)

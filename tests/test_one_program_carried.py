@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 
 import flax.linen as nn
 import jax
@@ -15,7 +14,6 @@ from jax.extend import core as jex
 
 from nestnet import Space, build, cost, evaluation, predict, runs
 from nestnet.axes import axes, statistics_axes
-from nestnet.evaluators.classification import _scores
 from nestnet.execution import Supernet
 from nestnet.models.mobilenet import MobileNet
 from nestnet.models.small_resnet import SmallResNet
@@ -123,7 +121,7 @@ PLAIN = Supernet(Plain(3, 4, 6, 4), Space(
 
 
 @pytest.mark.slow
-def test_a_plain_member_as_data_is_the_member():
+def test_a_plain_member_as_data_is_the_member(compiled):
   """Logits, gradients of weights and of an input beside `x`, and exactly zero outside of the slice."""
   one, rng = OneProgram(PLAIN), np.random.default_rng(0)
   params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), PLAIN.shapes["params"])
@@ -135,7 +133,11 @@ def test_a_plain_member_as_data_is_the_member():
       return jnp.sum(jnp.sin(logits)), logits
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, bias)
 
-  as_data, bias = jax.jit(lambda vector, *operands: one.switch(run, vector, *operands)), jnp.float32(0.3)
+  @jax.jit
+  def as_data(vector, *operands):
+    return one.switch(run, vector, *operands)
+
+  bias = jnp.float32(0.3)
   assert one.widths == [{}]
   for text in ("layers=1,embed_0=2,mlp=2", "layers=0+2,embed_0=3,embed_1=3,mlp=4:2", ""):
     subnet = PLAIN.space.subnet(text)
@@ -145,7 +147,7 @@ def test_a_plain_member_as_data_is_the_member():
     marks = jax.jit(one.used)(one.vector(subnet), params)
     for grad, mark in zip(*map(jax.tree.leaves, (found[1][0], marks))):
       assert not np.asarray(grad)[~np.asarray(mark)].any()
-  assert as_data._cache_size() == 1
+  assert compiled.count("jit(as_data)") == 1
 
 
 @functools.cache
@@ -159,7 +161,11 @@ def family(name):
 @functools.cache
 def as_data(name):
   one = family(name)[1]
-  return jax.jit(lambda vector, v: one.switch(outcome, vector, v))
+
+  def as_data(vector, v):
+    return one.switch(outcome, vector, v)
+
+  return jax.jit(as_data)
 
 
 @pytest.fixture
@@ -171,7 +177,7 @@ def wide():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
-def test_as_data_equals_the_slice(name, wide):
+def test_as_data_equals_the_slice(name, wide, compiled):
   """Loss, logits, gradient, exactly zero outside of the slice, and moments; logits under given statistics,
   which are those of the extracted network too."""
   net, one, variables = family(name)
@@ -186,7 +192,7 @@ def test_as_data_equals_the_slice(name, wide):
     for grad, mark in zip(*map(jax.tree.leaves, (found_grads, own_weights))):
       assert not np.asarray(grad)[~np.asarray(mark)].any()
     close(found, scatter(moments, names, net.model.sizes(subnet), variables["batch_stats"]))
-  assert as_data(name)._cache_size() == 1
+  assert compiled.count("jit(as_data)") == 1
 
 
 @pytest.mark.parametrize("name", ["tiny", *SLOW])
@@ -303,13 +309,13 @@ def test_features_whose_number_is_data_are_not_given(name):
   ("two stages", {"name": "SmallResNet", "layers_1": 1, "layers_2": 3, "widths": (16, 16), "strides": (1, 2),
                   "stem": 32}),
   ("bignas", {"name": "MobileNet", **BIG, "zero_gamma": False})], ids=["two stages", "bignas"])
-def test_many_members_have_the_rows_of_each_alone(name, model):
+def test_many_members_have_the_rows_of_each_alone(name, model, compiled):
   """Calibrated and evaluated by one program; the rows are those of members on their own."""
   run = built(model, NETS[name].space.to_json())
   state, family = run.step.init(), run.supernet.space
   members = [family.smallest, *predict.drawn(family, 8)][:9]
   rows = evaluation.evaluate(run, state, members)
-  assert _scores(evaluation.as_data(run.supernet))._cache_size() == 1
+  assert compiled.count("jit(all_scores)") == 1
   for row, member in zip(rows[:3], members):
     (alone,) = evaluation.evaluate(run, state, [member])
     for name, value in alone.items():
@@ -318,7 +324,7 @@ def test_many_members_have_the_rows_of_each_alone(name, model):
 
 
 @pytest.mark.slow
-def test_ten_thousand_members_compile_one_program(caplog):
+def test_ten_thousand_members_compile_one_program(compiled):
   net = NETS["tiny"]
   model = net.model.clone(layers_1=13)
   space = Space(layers_0=(1, 2), layers_1=(12, 13), width_0=HALVES, width_1=HALVES, expand_1=HALVES,
@@ -327,11 +333,9 @@ def test_ten_thousand_members_compile_one_program(caplog):
   step = make(Supernet(model, space, INPUT), sampler("sorted_nested", space, 0, n=1000))
   assert step.one.carried
   state, batch = step.init(), put_batch({"image": IMAGES, "label": LABELS}, step.mesh)
-  with jax.log_compiles(), caplog.at_level(logging.WARNING):
-    for at in range(10):
-      state, metrics = jax.block_until_ready(step(state, batch, at))
-  compiled = [r.getMessage().split(" with ")[0] for r in caplog.records]
-  assert compiled.count("Compiling jit(_add)") == compiled.count("Compiling jit(_updated)") == 1
+  for at in range(10):
+    state, metrics = jax.block_until_ready(step(state, batch, at))
+  assert compiled.count("jit(_add)") == compiled.count("jit(_updated)") == 1
   assert np.isfinite(metrics["loss"])
   assert len({c for at in range(10) for t in step.recipe.sampler.terms(at) for c in t.candidates}) > 9000
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 import flax.linen as nn
 import jax
@@ -342,21 +341,19 @@ def test_gradient_outside_the_trained_slices_is_exactly_zero():
     assert found[leaf]["kernel"][inside].any()
 
 
-def test_programs_do_not_grow_with_combinations(caplog):
+def test_programs_do_not_grow_with_combinations(compiled):
   """Three random ones of four others: one program for each member, whatever their mix."""
   step = make("sandwich", sampling={"random": 3}, devices=2)
   batch = put_batch(example_batch(), step.mesh)
   state, combinations = step.init(), set()
-  with jax.log_compiles(), caplog.at_level(logging.WARNING):
-    for at in range(40):
-      combinations.add(tuple(t.candidates for t in step.recipe.sampler.terms(at)))
-      # Waiting keeps programs from piling up: collectives of faked devices may then deadlock.
-      state, _ = jax.block_until_ready(step(state, batch, at))
-  compiled = [r.getMessage().split(" with ")[0] for r in caplog.records]
+  for at in range(40):
+    combinations.add(tuple(t.candidates for t in step.recipe.sampler.terms(at)))
+    # Waiting keeps programs from piling up: collectives of faked devices may then deadlock.
+    state, _ = jax.block_until_ready(step(state, batch, at))
   assert len(combinations) > 20
   # The largest as a teacher, and five as students.
-  assert compiled.count("Compiling jit(_add)") == 6
-  assert compiled.count("Compiling jit(_updated)") == 1
+  assert compiled.count("jit(_add)") == 6
+  assert compiled.count("jit(_updated)") == 1
 
 
 def test_regularisation_follows_the_term():
