@@ -3,9 +3,9 @@
     python -m experiments.train --config=configs/stdlib_matformer.py --workdir=runs/stdlib_matformer
 
 Prints a table of the four granularities of MatFormer (1/8, 1/4, 1/2 and all of the MLP) with bits per byte on
-held-out files. Widths that differ by layer, never trained, are evaluated afterwards:
+held-out files, and of three mixtures of neighbouring ones that never trained (Mix'n'Match). Any other:
 
-    python -m experiments.evaluate --workdir=runs/stdlib_matformer --subnets='mlp=64:64:64:64:128:128:128:128'
+    python -m experiments.evaluate --workdir=runs/stdlib_matformer --subnets='mlp=64:64:64:64:64:64:128:128'
 
 Another method trains with its name as the argument: `--config=configs/stdlib_matformer.py:matformer_joint`;
 or `sorted`, `sandwich`, `separate`, `truncate`. With `soft` and `layerskip` the sizes are depths, and every
@@ -17,6 +17,11 @@ import ml_collections
 from nestnet.recipes import phases, recipe
 
 LAYERS, EMBED, MLP = 8, 128, 512
+GRANULARITIES = (MLP // 8, MLP // 4, MLP // 2, MLP)
+# Half of the layers at one granularity, the later half at the next.
+MIXTURES = tuple(
+  "mlp=" + ":".join(map(str, [low] * (LAYERS // 2) + [high] * (LAYERS // 2)))
+  for low, high in zip(GRANULARITIES, GRANULARITIES[1:]))
 
 
 def get_config(method: str = "matformer_sampled") -> ml_collections.ConfigDict:
@@ -24,7 +29,7 @@ def get_config(method: str = "matformer_sampled") -> ml_collections.ConfigDict:
   config.seed = 0
   # 2.0 million parameters, 33 thousand of them in the embedding of 256 bytes.
   config.model = dict(name="Decoder", layers=LAYERS, embed=EMBED, heads=4, kv_heads=2, mlp=MLP, context=256)
-  config.space = dict(mlp=(MLP // 8, MLP // 4, MLP // 2, MLP))
+  config.space = dict(mlp=GRANULARITIES)
   if method in ("soft", "layerskip"):
     config.space = dict(layers=(LAYERS // 4, LAYERS // 2, LAYERS * 3 // 4, LAYERS))
     config.recipe = recipe(method, depths=config.space["layers"])
@@ -47,6 +52,8 @@ def get_config(method: str = "matformer_sampled") -> ml_collections.ConfigDict:
                       execution="auto", per_shard_subnets=False, accumulate=1)
   # Of each held-out split so many windows are evaluated, the same for all, spread over all its files.
   config.eval = dict(examples=512)
+  if "mlp" in config.space and method != "separate":
+    config.eval.members = MIXTURES
   # Devices; -1 takes all that are there.
   config.mesh = dict(data=1, fsdp=1, model=1)
   return config

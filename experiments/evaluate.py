@@ -26,7 +26,7 @@ def main(argv):
       rows = evaluation.by_calibration(run, state, member, BATCHES.value)
       print(f"{folded(member)}\n{evaluation.calibration_table(rows)}")
     return
-  members = [space.subnet(text) for text in texts] or evaluation.evaluated(space)
+  members = [space.subnet(text) for text in texts] or evaluation.evaluated(run)
   rows = evaluation.evaluate(run, state, members, show_progress=True)
   print(report.table(evaluation.shown(rows)))
   print(f"{len(rows)} of {space.size} sub-networks, at step {step} of {run.steps}")

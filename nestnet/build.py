@@ -41,12 +41,14 @@ class Run:
     dataset: Where the images or the text come from.
     batches: This process's share of the training batches.
     phases: What the loop does; the last one's supernet is the family that is evaluated.
+    also: Members that tables show beside those of the space.
   """
 
   config: dict[str, Any]
   dataset: Dataset | Text
   batches: Batches
   phases: tuple[training.Phase, ...]
+  also: tuple[Subnet, ...] = ()
 
   @property
   def task(self) -> Task:
@@ -100,7 +102,7 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
     # What -1 stood for is written out: who opens the run elsewhere knows how many data shards drew.
     config["mesh"] = {axis: here.shape[axis] for axis in config["mesh"]}
   phases = _phases(config, dataset, here, trains=mesh is None)
-  return Run(config, dataset, _batches(config, dataset, here), phases)
+  return Run(config, dataset, _batches(config, dataset, here), phases, _also(config, phases[-1].step))
 
 
 def data_of(config: Mapping[str, Any]) -> Dataset | Text:
@@ -181,6 +183,15 @@ def _phases(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.
   return tuple(phases)
 
 
+def _also(config: Mapping[str, Any], step: Step) -> tuple[Subnet, ...]:
+  """The members that `config.eval.members` names."""
+  texts = (config.get("eval") or {}).get("members") or ()
+  try:
+    return tuple(step.supernet.space.subnet(str(text)) for text in texts)
+  except UserError as error:
+    raise UserError(f"config.eval.members: {error}") from None
+
+
 def _parent(folder: str, config: dict[str, Any], dataset: Dataset, enter: training.Transition | None
             ) -> Parent:
   """The weights of a folder that holds all that the config's model and space describe."""
@@ -244,7 +255,7 @@ def _check(config: Mapping[str, Any]) -> None:
     if not isinstance(value, int) or value < least:
       raise UserError(f"config.train.{key}: got {value}, allowed is a whole number of at least {least}")
   for key, value in (config.get("eval") or {}).items():
-    if not isinstance(value, int) or value < 1:
+    if key != "members" and (not isinstance(value, int) or value < 1):
       raise UserError(f"config.eval.{key}: got {value}, allowed is a whole number of at least 1")
   _check_data(config["data"])
   for phase in config.get("phases") or ():

@@ -122,6 +122,9 @@ def _families(configs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], lis
     space = run.supernet.space
     # With what a run records of its data, so that a folder is of the same one.
     config = config | {"data": run.config["data"]}
+    if run.also:
+      alone = config["recipe"]["name"] == BASELINE
+      config["eval"] = config["eval"] | {"members": [] if alone else list(map(str, run.also))}
     if not space.pool and space.size > FIXED_LIMIT:
       raise UserError(f"the space of {config['recipe']['name']} has {space.size} members and no pool; "
                       f"name the sizes to compare in space.pool (at most {FIXED_LIMIT} without one)")
@@ -174,7 +177,8 @@ def _plan_family(family: tuple[str, ...], group: list[dict[str, Any]], seeds: in
       for steps, names in by_steps.items():
         own = config | {"train": config["train"] | {"steps": steps}}
         total = flops(steps)
-        yield _task(own, seed, root, family, family, "+".join(_axes(family)), tuple(names), total)
+        sizes = tuple(dict.fromkeys([*family, *(own.get("eval") or {}).get("members", ())]))
+        yield _task(own, seed, root, family, sizes, "+".join(_axes(family)), tuple(names), total)
 
 
 def _axes(family: tuple[str, ...]) -> list[str]:
@@ -250,8 +254,9 @@ def gather(tasks: Sequence[Task], budgets: Sequence[str] = BUDGETS) -> list[dict
     for budget in budgets:
       mine = [task for task in tasks if task.family == family and budget in task.budgets]
       for recipe in dict.fromkeys(task.recipe for task in mine):
-        for size in family:
-          cells = {t.seed: rows[t.workdir][size] for t in mine if t.recipe == recipe and size in t.sizes}
+        own = [task for task in mine if task.recipe == recipe]
+        for size in dict.fromkeys(size for task in own for size in task.sizes):
+          cells = {t.seed: rows[t.workdir][size] for t in own if size in t.sizes}
           metric = metrics.main(cells[min(cells)]).name
           records.append({
             "family": list(family), "budget": budget, "recipe": recipe, "subnet": size,

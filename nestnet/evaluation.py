@@ -42,7 +42,12 @@ CALIBRATION = {"images": 2000, "batch_size": 200, "seed": 0}
 as_data = functools.lru_cache(maxsize=8)(OneProgram)
 
 
-def evaluated(space: Space) -> list[Subnet]:
+def evaluated(run: Run) -> list[Subnet]:
+  """The space, or a sample of it, and the members of `config.eval.members`: what tables show, by size."""
+  return sorted(dict.fromkeys([*_listed(run.supernet.space), *run.also]), key=volume)
+
+
+def _listed(space: Space) -> list[Subnet]:
   """The whole space where it has at most 64 members; else a sample of 64, spread over the cost."""
   if space.size <= LISTED:
     return list(space)
@@ -53,7 +58,7 @@ def evaluated(space: Space) -> list[Subnet]:
     whole = space.without_pool()
     spread = [whole.sample(draw, by="cost") for draw in range(LISTED)]
   members = dict.fromkeys([space.smallest, space.largest, *space.pool, *spread])
-  return sorted(list(members)[:LISTED], key=volume)
+  return list(members)[:LISTED]
 
 
 def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Sequence[str] = (

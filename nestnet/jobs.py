@@ -55,7 +55,9 @@ class Task:
 
   @property
   def done(self) -> bool:
-    return (self.workdir / "done").exists()
+    """Whether it has trained, and was evaluated on all that the comparison shows."""
+    return (self.workdir / "done").exists() and {*self.sizes} <= {
+      row["subnet"] for row in report.read_rows(self.workdir / "subnets.json")}
 
   @property
   def steps(self) -> int:
@@ -73,8 +75,11 @@ def run_task(task: Task) -> bool:
   space = run.supernet.space
   members = [space.largest] if task.recipe == BASELINE else list(map(space.subnet, task.sizes))
   rows = evaluation.evaluate(run, state, members)
-  seconds = time.monotonic() - began
-  report.write_rows(task.workdir / "subnets.json", [
+  seconds, path = time.monotonic() - began, task.workdir / "subnets.json"
+  if (task.workdir / "done").exists():
+    # It was trained for a table with fewer sizes.
+    seconds += report.read_rows(path)[0]["seconds"]
+  report.write_rows(path, [
     row | {"subnet": size, "seconds": round(seconds, 1)} for size, row in zip(task.sizes, rows)])
   atomic_write(task.workdir / "done", "")
   return True

@@ -244,7 +244,7 @@ def compare_table(results: Sequence[Result]) -> str:
 def difference_table(results: Sequence[Result], baseline: str = "separate") -> str:
   """Paired differences to a baseline as Markdown, in points or in the metric's unit, seed by seed.
 
-  Differences whose 95% interval excludes zero are bold.
+  Differences whose 95% interval excludes zero are bold. Subnets that the baseline has not are left out.
 
   Raises:
     ValueError: no results, duplicates, an unknown baseline, or seeds that do not pair up.
@@ -257,8 +257,9 @@ def difference_table(results: Sequence[Result], baseline: str = "separate") -> s
     lines = [["subnet", "params", *others]]
     for size in grid.sizes:
       reference = grid.cells.get((baseline, size))
-      cells = {} if reference is None else grid.row(
-          size, lambda result: paired_difference(result.accuracies, reference.accuracies))
+      if reference is None:
+        continue
+      cells = grid.row(size, lambda result: paired_difference(result.accuracies, reference.accuracies))
       lines.append([folded(size[2]), human(size[0])] + [
           _estimate(cells.get(recipe), grid.metric, lambda mean, half: abs(mean) > half, "+z")
           for recipe in others])

@@ -47,8 +47,7 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progr
   state = trained(run, workdir, show_progress)
   if state is None:
     return False
-  members = evaluation.evaluated(run.supernet.space)
-  rows = evaluation.evaluate(run, state, members, show_progress=show_progress)
+  rows = evaluation.evaluate(run, state, evaluation.evaluated(run), show_progress=show_progress)
   processes.led(lambda: _finish(run, workdir, rows))
   return True
 

@@ -67,6 +67,25 @@ def test_budgets_of_equal_steps_share_a_run(tmp_path):
   assert [t.budgets for t in tasks] == 3 * [("equal steps", "equal FLOPs")]
 
 
+def test_members_that_no_recipe_trains_are_shown_of_nested_ones(tmp_path):
+  """Evaluated from its checkpoint where a run was made before they were asked for."""
+  mixed = "layers=2,embed=8,heads=2,mlp=16"
+  plain = [config(name) for name in ("separate", "truncate")]
+  more = [c | {"eval": {"members": (mixed.removeprefix("layers=2,"),)}} for c in plain]
+  before, after = (compare.plan(configs, 1, tmp_path, ("equal steps",)) for configs in (plain, more))
+  assert [task.workdir for task in before] == [task.workdir for task in after]
+  assert {t.recipe: t.sizes[-1] for t in after} == {"separate": SIZES[1], "truncate": mixed}
+  task = before[-1]
+  assert jobs.run_task(task) and task.done and not after[-1].done
+  alone = report.read_rows(task.workdir / "subnets.json")[0]
+  assert jobs.run_task(after[-1]) and after[-1].done
+  found = report.read_rows(task.workdir / "subnets.json")
+  assert [row["subnet"] for row in found] == [*SIZES, mixed] and found[0]["accuracy"] == alone["accuracy"]
+  assert found[0]["seconds"] >= alone["seconds"]
+  with pytest.raises(errors.UserError, match="config.eval.members: .*embed=9"):
+    compare.plan([plain[0] | {"eval": {"members": ("embed=9",)}}], 1, tmp_path)
+
+
 def test_more_seeds_keep_the_runs_that_are_there(tmp_path):
   configs = [config("separate"), config("sandwich")]
   two, three = ({t.workdir: t for t in compare.plan(configs, n, tmp_path)} for n in (2, 3))

@@ -165,6 +165,11 @@ def test_difference_table_is_paired_and_bold_where_zero_is_excluded():
     report.difference_table([base, result("up")], baseline="alone")
 
 
+def test_differences_are_to_what_the_baseline_has():
+  text = report.difference_table([result(params=2), result("up", params=2), result("up", params=1)])
+  assert len(lines(text, "| embed=")) == 1 and lines(text, "| embed=2 ")
+
+
 def test_duplicates_and_empty_comparisons_are_refused():
   with pytest.raises(ValueError, match="two results.*separate"):
     report.compare_table([result(), dataclasses.replace(result(), accuracies=(0.1,))])
