@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +106,22 @@ def test_members_agree_with_the_largest_network_of_a_run(finished, monkeypatch):
   apart = against.compared(run, state, [space.largest], against.largest("other", run))
   assert apart == [by_hand(logs(state, space.largest), logs(other, space.largest))]
   assert apart[0]["kl"] > small["kl"]
+
+
+@pytest.mark.slow
+def test_agreement_is_shown_and_not_kept(finished):
+  """By the command, whose table of the largest says that it agrees with itself."""
+  tests = pathlib.Path(__file__).resolve().parent
+  paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
+  before = (finished / "subnets.json").read_bytes()
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.evaluate", f"--workdir={finished}", f"--against={finished}"],
+    cwd=tests.parent, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  header, *_, largest, _ = done.stdout.splitlines()
+  assert header.split()[-3:] == ["perplexity", "agreement", "kl"]
+  assert largest.split()[-2:] == ["100.0%", "0.0000"]
+  assert (finished / "subnets.json").read_bytes() == before
 
 
 def test_runs_whose_texts_cannot_be_compared_are_said(finished, monkeypatch):
