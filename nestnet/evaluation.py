@@ -299,7 +299,8 @@ def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """The columns of rows that a table of them shows."""
   measured = itertools.chain(*((f"validation_{metric.name}", metric.name) for metric in metrics.MAIN))
-  columns = ("subnet", "params", "flops", "latency_ms", *measured, metrics.PERPLEXITY.name)
+  columns = ("subnet", "params", "flops", "latency_ms", *measured,
+             *(metric.name for metric in (metrics.PERPLEXITY, metrics.AGREEMENT, metrics.KL)))
   return [{c: row[c] for c in columns if c in row} for row in rows]
 
 

@@ -192,6 +192,38 @@ def permuted(step: Step, state: TrainState, orders: Mapping[str, Order]) -> Trai
   return jax.jit(of)(state)
 
 
+def sorted_for(step: Step, state: TrainState, subnets: Iterable[Subnet], batches: Any, by: str = "activation",
+               count: int = 8) -> TrainState:
+  """A train state whose most important units lead, along all axes that some of the members are cut along.
+
+  Slices of a network that was trained as a whole are better so. Members that were trained by themselves are
+  others then.
+
+  Args:
+    step: Whose state it is.
+    state: The state.
+    subnets: Members of the family.
+    batches: The run's batches, by the number of a step.
+    by: As in `Sort`.
+    count: How many batches, for `"activation"`.
+
+  Raises:
+    ValueError: As `Sort`, or some of the axes cannot be sorted.
+  """
+  axes = _cut(step.supernet, sizes_among(step.supernet, subnets))
+  sort = Sort(by, axes, "nothing", count)
+  # Without axes `Sort` would take those that training cuts.
+  return sort(state, Border(None, step, batches)) if axes else state
+
+
+def sizes_among(supernet: Supernet, subnets: Iterable[Subnet]) -> dict[str, Any]:
+  """How long some members of a family have the axes: as from `sizes_trained`."""
+  found: dict[str, Any] = {}
+  for subnet in subnets:
+    _add(found, supernet.model, subnet)
+  return found
+
+
 def sizes_trained(step: Step) -> dict[str, Any]:
   """How long members that a step trains have the axes: a set of sizes, or one for each layer.
 
@@ -199,25 +231,11 @@ def sizes_trained(step: Step) -> dict[str, Any]:
   """
   supernet, sampler = step.supernet, step.recipe.sampler
   model, space = supernet.model, supernet.space
-  full, found = space.largest, {}
-
-  def add(member, only=None):
-    for axis, size in sizes_of(model, member).chosen.items():
-      if is_depth(axis) or (only and axis not in only):
-        continue
-      if isinstance(size, int):
-        found.setdefault(axis, {}).setdefault(None, set()).add(size)
-      for layer, own in zip(kept_ids(member.chosen.get(depth_of(axis), len(size))), size) if isinstance(
-          size, tuple) else ():
-        found.setdefault(axis, {}).setdefault(layer, set()).add(own)
-
   if sampler.fixed:
-    for term in sampler.terms(0):
-      for member in term.candidates:
-        for one in member if isinstance(member, tuple) else (member,):
-          add(one)
-    return found
-  add(full)
+    candidates = [member for term in sampler.terms(0) for member in term.candidates]
+    return sizes_among(supernet, itertools.chain(*(m if isinstance(m, tuple) else (m,) for m in candidates)))
+  full = space.largest
+  found = sizes_among(supernet, [full])
   choices = {a: sorted({n for s in space.choices(a) for n in (s if isinstance(s, tuple) else (s,))})
              for a in space.axes if not is_depth(a)}
   other = lambda changed: Subnet(**{**full.chosen, **changed})
@@ -230,8 +248,20 @@ def sizes_trained(step: Step) -> dict[str, Any]:
           moved.setdefault(target, {})[axis] = sizes
   for target, by in moved.items():
     for sizes in itertools.product(*by.values()):
-      add(other(dict(zip(by, sizes))), (target,))
+      _add(found, model, other(dict(zip(by, sizes))), (target,))
   return found
+
+
+def _add(found: dict[str, Any], model: nn.Module, member: Subnet, only: Iterable[str] = ()) -> None:
+  """Adds how long a member has the axes, or some of them."""
+  for axis, size in sizes_of(model, member).chosen.items():
+    if is_depth(axis) or (only and axis not in only):
+      continue
+    if isinstance(size, int):
+      found.setdefault(axis, {}).setdefault(None, set()).add(size)
+    for layer, own in zip(kept_ids(member.chosen.get(depth_of(axis), len(size))), size) if isinstance(
+        size, tuple) else ():
+      found.setdefault(axis, {}).setdefault(layer, set()).add(own)
 
 
 def _cut(supernet: Supernet, sizes: Mapping[str, Any]) -> list[str]:

@@ -62,9 +62,12 @@ ACCURACY = Metric("accuracy", scale=100.0, unit="%", decimals=1)
 BITS_PER_BYTE = Metric("bits_per_byte", lower_is_better=True, decimals=3)
 PERPLEXITY = Metric("perplexity", lower_is_better=True)
 LOSS = Metric("loss", lower_is_better=True)
+# How alike a network and a larger one are: `nestnet.evaluators.consistency`.
+AGREEMENT = Metric("agreement", scale=100.0, unit="%", decimals=1)
+KL = Metric("kl", lower_is_better=True, decimals=4)
 # By which networks are chosen and compared, one for each task.
 MAIN = (ACCURACY, BITS_PER_BYTE)
-_KNOWN = (*MAIN, PERPLEXITY, LOSS)
+_KNOWN = (*MAIN, PERPLEXITY, LOSS, AGREEMENT, KL)
 # What a progress bar says of a step or a row.
 PROGRESS = ("loss", "accuracy", "bits_per_token", "bits_per_byte")
 

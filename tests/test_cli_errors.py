@@ -308,3 +308,21 @@ def test_evaluate_checks_its_members(run, refused):
   refused("evaluate", f"--workdir={run}", "--subnets=embed=8;embed=7",
           words=["embed=7 is outside", "8, 16"])
   assert contents(run) == before
+
+
+@pytest.mark.parametrize("arguments, words", [
+  (["--sort_by=l3"], ["sort_by", "l3", "activation|l1|l2"]),
+  (["--sort_by=activation", "--sort_batches=0"], ["batches=0", "at least 1"]),
+  (["--against=/nonexistent"], ["has a ViT", "a Decoder of text"])])
+def test_evaluate_refuses(run, refused, arguments, words):
+  before = contents(run)
+  refused("evaluate", f"--workdir={run}", *arguments, words=words)
+  assert contents(run) == before
+
+
+def test_another_order_of_units_leaves_the_run_as_it_is(run, command):
+  before = contents(run)
+  code, out, err = command("evaluate", f"--workdir={run}", "--sort_by=activation", "--sort_batches=1")
+  assert code == 0, err
+  assert out.endswith("2 of 2 sub-networks, at step 2 of 2, units sorted by activation\n")
+  assert contents(run) == before

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from nestnet import build, cli, extraction, report, runs
+from nestnet import build, cli, evaluation, extraction, importance, report, runs
 from nestnet.data import arrays, load
 from nestnet.errors import UserError
 from nestnet.execution import Supernet
@@ -106,6 +106,22 @@ def test_whoever_looks_at_a_run_before_its_end_is_told(finished, tmp_path, capsy
   runs.opened(tmp_path / "run")
   assert capsys.readouterr().err == (
     "the run is not finished: step 4 of 8; only 2 sub-networks have trained\n")
+
+
+def test_important_units_lead_before_members_are_cut(finished):
+  """The whole network stays what it is; whatever order units had before, the same are kept."""
+  run, _, state = runs.opened(finished)
+  smallest, largest = run.supernet.space.smallest, run.supernet.space.largest
+  def losses(state, *members):
+    return [row["loss"] for row in evaluation.evaluate(run, state, members, splits=("test",))]
+  sort = lambda state, by="activation": importance.sorted_for(run.step, state, [smallest], run.batches, by, 2)
+  plain, whole = losses(state, smallest, largest)
+  found = losses(sort(state), smallest, largest)
+  assert found[1] == pytest.approx(whole, rel=1e-5) and abs(found[0] - plain) > 1e-4
+  shuffled = importance.permuted(run.step, state, {"embed": np.random.default_rng(0).permutation(16)})
+  assert abs(losses(shuffled, smallest)[0] - plain) > 1e-4
+  assert losses(sort(shuffled), smallest) == pytest.approx(found[:1], rel=1e-5)
+  assert abs(losses(sort(state, "l1"), smallest)[0] - found[0]) > 1e-5
 
 
 def test_extract_by_a_partial_spec_with_layer_ids(finished, tmp_path):

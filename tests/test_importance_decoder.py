@@ -13,7 +13,7 @@ from nestnet import Space
 from nestnet.activations import activations, influence
 from nestnet.axes import variable_axes
 from nestnet.execution import Supernet
-from nestnet.importance import Sort, _outputs, rank_layers, sorted_variables
+from nestnet.importance import Sort, _cut, _outputs, rank_layers, sizes_among, sorted_for, sorted_variables
 from nestnet.models.decoder import Decoder
 from nestnet.objectives.base import Objective
 from nestnet.ordering import orders, scores
@@ -205,3 +205,19 @@ def test_a_run_sorts_by_what_it_trains_on():
   assert np.abs(wrong).max() > 0.1
   small = net.space.smallest
   assert np.abs(of(free, small) - of(state.trained["model"], small)).max() > 1e-2
+
+
+def test_axes_to_sort_are_those_that_the_members_are_cut_along():
+  """Whatever trains: a network that trains as a whole is cut all the same."""
+  space = Space(couple={"heads kv_heads": ((2, 1), (2, 2), (4, 2))}, embed=(8, 16), mlp=(8, 16, 32))
+  net = Supernet(MODELS["tied"], space, (jax.ShapeDtypeStruct((1, 8), jnp.int32),))
+  cut = lambda *texts: set(_cut(net, sizes_among(net, map(space.subnet, texts))))
+  assert cut("smallest") == {"kv_heads", "mlp", "embed"} and cut("heads=2,kv_heads=2") == {"queries"}
+  assert cut("mlp=32:8", "embed=8") == {"mlp", "embed"} and cut("largest") == cut() == set()
+  step = Step(net, Recipe(sampler("largest", space), Objective(lambda *_: (jnp.zeros(()), {}))),
+              lambda mask: optax.sgd(0.1), make_mesh({"data": 1}), execution="slice")
+  state = object()
+  assert sorted_for(step, state, [space.largest], Data()) is state
+  for options, message in (({"by": "l3"}, "by of the order 'l3'"), ({"count": 0}, "batches=0 of the order")):
+    with pytest.raises(ValueError, match=message):
+      sorted_for(step, state, [space.largest], Data(), **options)

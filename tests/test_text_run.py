@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nestnet import build, cli, compare, cost, evaluation, extraction, jobs, recipes, report, runs, training
+from nestnet import (
+  against, build, cli, compare, cost, evaluation, extraction, jobs, recipes, report, runs, training)
 from nestnet.errors import UserError
 from nestnet.evaluators import TASKS
 from nestnet.evaluators.language_modelling import language_modelling, windows
@@ -70,6 +76,74 @@ def test_rows_are_bits_per_byte_of_the_windows_that_are_evaluated(finished):
   columns = [row.keys() for row in evaluation.shown(rows.values())]
   assert list(columns[0]) == ["subnet", "params", "flops", "validation_bits_per_byte", "bits_per_byte",
                               "perplexity"]
+
+
+def test_members_agree_with_the_largest_network_of_a_run(finished, monkeypatch):
+  """With itself wholly; else by numpy, over the places at which an evaluation predicts a token."""
+  run, step, state = runs.opened(finished)
+  # All windows: the last one is not full.
+  run = dataclasses.replace(run, config=run.config | {"eval": {}})
+  space = run.supernet.space
+  small, same = against.compared(run, state, space, against.largest(finished, run))
+  assert same == {"agreement": 1.0, "kl": 0.0}
+  tokens = evaluation.held(run, "test")["tokens"]
+  known = tokens[:, 1:] >= 0
+  assert not known.all()
+
+  def logs(state, member):
+    module, variables = run.supernet.module(member), run.step.member(state, member)
+    logits = np.asarray(module.apply(variables, np.maximum(tokens[:, :-1], 0))["logits"], np.float64)
+    return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[known]
+
+  def by_hand(own, other):
+    return {"agreement": pytest.approx(np.mean(own.argmax(-1) == other.argmax(-1))),
+            "kl": pytest.approx((np.exp(own) * (own - other)).sum(-1).mean(), rel=1e-3, abs=1e-6)}
+
+  assert small == by_hand(logs(state, space.smallest), logs(state, space.largest)) and small["kl"] > 0
+  columns = list(evaluation.shown([{"subnet": "", "perplexity": 2.0, "kl": 0.0, "agreement": 1.0}])[0])
+  assert columns == ["subnet", "perplexity", "agreement", "kl"]
+  # Trained apart: the other run's own weights.
+  other = run.step.init()
+  monkeypatch.setattr(runs, "opened", lambda workdir: (run, step, other))
+  apart = against.compared(run, state, [space.largest], against.largest("other", run))
+  assert apart == [by_hand(logs(state, space.largest), logs(other, space.largest))]
+  assert apart[0]["kl"] > small["kl"]
+
+
+@pytest.mark.slow
+def test_agreement_is_shown_and_not_kept(finished):
+  """By the command, whose table of the largest says that it agrees with itself."""
+  tests = pathlib.Path(__file__).resolve().parent
+  paths = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])
+  before = (finished / "subnets.json").read_bytes()
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.evaluate", f"--workdir={finished}", f"--against={finished}"],
+    cwd=tests.parent, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  header, *_, largest, _ = done.stdout.splitlines()
+  assert header.split()[-3:] == ["perplexity", "agreement", "kl"]
+  assert largest.split()[-2:] == ["100.0%", "0.0000"]
+  assert (finished / "subnets.json").read_bytes() == before
+
+
+def test_runs_whose_texts_cannot_be_compared_are_said(finished, monkeypatch):
+  run, step, state = runs.opened(finished)
+  text = dataclasses.replace(run.dataset, hashes={"tokenizer_sha256": "another"})
+  vit = {"name": "ViT", "layers": 1, "embed": 8, "heads": 2, "mlp": 16, "patch": 4}
+  images = config() | {"model": vit, "recipe": recipes.recipe("truncate"), "data": {"name": "digits"}}
+  longer = config() | {"data": config()["data"] | {"length": 16}}
+  short = config() | {"model": config()["model"] | {"context": 8}}
+  wide = config() | {"model": config()["model"] | {"vocab": 300}}
+  images, longer, short, wide = map(build.build, (images, longer, short, wide))
+  for own, other, message in (
+      (run, images, "^agreement on the next token: other has a ViT; allowed is a Decoder of text$"),
+      (images, run, "^agreement on the next token: the run to evaluate has a ViT"),
+      (run, wide, "^other: its network has 300 tokens, that of the run to evaluate has 256; allowed"),
+      (run, dataclasses.replace(run, dataset=text), "^other: its tokenizer is not that of"),
+      (longer, short, "^other: the context of its network is 8; allowed is at least the 16")):
+    monkeypatch.setattr(runs, "opened", lambda workdir: (other, step, state))
+    with pytest.raises(UserError, match=message):
+      against.largest("other", own)
 
 
 def test_bits_of_a_byte_are_not_those_of_a_token():
