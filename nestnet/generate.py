@@ -295,6 +295,18 @@ def written(rows: Rows, prompts: Sequence[Tokens]) -> list[list[int]]:
   return [tokens[i, len(prompt):lengths[i]].tolist() for i, prompt in enumerate(unpadded(prompts))]
 
 
+def batches(prompts: Sequence[Tokens], size: int | None) -> list[Sequence[Tokens]]:
+  """Prompts by so many at a time; all together where no size is given.
+
+  Raises:
+    ValueError: A size below 1.
+  """
+  if size is not None and size < 1:
+    raise UserError(f"batch_size: got {size}, allowed is at least 1")
+  size = size or max(len(prompts), 1)
+  return [prompts[i:i + size] for i in range(0, len(prompts), size)]
+
+
 def unpadded(prompts: Sequence[Tokens]) -> list[list[int]]:
   """Prompts as lists, without padding."""
   return [[int(token) for token in prompt if token != -1] for prompt in prompts]

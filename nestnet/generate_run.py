@@ -12,13 +12,15 @@ from typing import Any
 import flax.linen as nn
 
 from nestnet import runs
+from nestnet.data.text import Windows
 from nestnet.data.tokenization import BYTES, Tokenizer, tokenizer
 from nestnet.errors import MissingFileError, UserError
-from nestnet.generate import generate
+from nestnet.generate import TIE, Tokens, batches, generate
 from nestnet.interop.folder import load
 from nestnet.models.decoder import Decoder
+from nestnet.report import aligned, human
 from nestnet.space import Space
-from nestnet.speculative import Report, measure
+from nestnet.speculative import Report, check_inside, measure
 from nestnet.subnet import Subnet, unfolded
 
 Path = str | os.PathLike[str]
@@ -34,6 +36,7 @@ class Writer:
     tokenizer: Its tokens.
     subnet: Which member of the family it is; None where it comes from a folder.
     space: The family, of a run.
+    test: The test split of a run's text.
   """
 
   module: nn.Module
@@ -41,6 +44,7 @@ class Writer:
   tokenizer: Tokenizer
   subnet: Subnet | None = None
   space: Space | None = None
+  test: Windows | None = None
 
   def draft(self, text: str) -> Subnet:
     """A member to draft with, by its text form; axes that it leaves out are those of this network.
@@ -52,7 +56,9 @@ class Writer:
       ValueError: It is not inside this network, or outside the space.
     """
     if self.space is None:
-      return Subnet.parse(text)
+      member = Subnet.parse(text)
+      check_inside(self.module, member)
+      return member
     if text.strip() in ("smallest", "largest"):
       member = self.space.subnet(text)
     else:
@@ -67,6 +73,16 @@ class Writer:
   def tokens(self, text: str) -> list[int]:
     """The tokens of a text."""
     return [int(token) for token in self.tokenizer.encode([text.encode()])[0]]
+
+  def held_out(self, count: int, tokens: int) -> list[list[int]]:
+    """So many stretches of the test split, spread over it.
+
+    Raises:
+      ValueError: The network is not of a run, or the split has too few tokens.
+    """
+    if self.test is None:
+      raise UserError(f"--held_out={count} is of a run, --workdir; --folder holds a network without its text")
+    return self.test.stretches(count, tokens).tolist()
 
   def stop(self, texts: Sequence[str]) -> list[int]:
     """The tokens that end a text: that between documents, and given ones.
@@ -104,8 +120,8 @@ def opened(workdir: Path | None = None, folder: Path | None = None, subnet: str 
     space = run.supernet.space
     member = space.subnet(subnet or "largest")
     read = tokenizer(run.config["data"].get("tokenizer") or "")
-    return _checked(Writer(run.supernet.module(member), run.step.member(state, member), read, member, space),
-                    workdir)
+    writer = Writer(run.supernet.module(member), run.step.member(state, member), read, member, space)
+    return dataclasses.replace(_checked(writer, workdir), test=run.dataset.split("test"))
   if subnet:
     raise UserError(f"--subnet={subnet} is of a run, --workdir; --folder holds one network")
   module, variables = load(folder)
@@ -131,7 +147,7 @@ def prompts(given: Sequence[str], file: Path | None) -> list[str]:
     file: Further ones: one a line, or where its name ends in `.json` a list.
 
   Raises:
-    ValueError: There are none, or the file is damaged.
+    ValueError: The file is damaged.
     FileNotFoundError: There is no such file.
   """
   texts = list(given)
@@ -147,36 +163,72 @@ def prompts(given: Sequence[str], file: Path | None) -> list[str]:
     if not isinstance(more, list) or not all(isinstance(text, str) for text in more):
       raise UserError(f"{path}: allowed is a list of texts")
     texts += more
-  if not texts:
-    raise UserError("no prompts; give --prompt or --prompts=FILE")
   return texts
 
 
-def generate_run(writer: Writer, texts: Sequence[str], *, stop: Sequence[str] = (), draft: str | None = None,
-                 draft_tokens: int = 4, share_cache: bool | None = None, **options: Any
-                 ) -> tuple[list[str], Report | None]:
-  """What a network writes behind texts; with a draft, measured against plain decoding.
+def generate_run(writer: Writer, texts: Sequence[str], *, held_out: int | None = None,
+                 prompt_tokens: int = 32, batch_size: int | None = None, stop: Sequence[str] = (),
+                 drafts: Sequence[str] = (), draft_tokens: Sequence[int] = (4,),
+                 share_cache: bool | None = None, **options: Any
+                 ) -> tuple[list[str], dict[tuple[str, int], Report]]:
+  """What a network writes behind texts; with drafts, each measured against plain decoding.
 
   Args:
     writer: The network.
-    texts: The prompts, decoded together.
+    texts: Prompts.
+    held_out: How many further prompts are taken from the run's test split, to measure drafts.
+    prompt_tokens: How long each of these is.
+    batch_size: How many prompts are decoded together; all by default.
     stop: Texts of tokens that end one, beside the token between documents.
-    draft: A member that drafts, in text form.
-    draft_tokens: As in `nestnet.speculative.speculate`.
+    drafts: Members that draft, in text form.
+    draft_tokens: As in `nestnet.speculative.speculate`, one number or several.
     share_cache: As there.
     **options: As of `nestnet.generate.generate`.
 
   Returns:
-    Each continuation, and with a draft the report.
+    What follows each text, and the report of each draft with each number of drafted tokens.
+
+  Raises:
+    ValueError: There are no prompts, or held-out ones and no draft; or as those functions.
   """
+  if held_out is not None and not drafts:
+    raise UserError(f"--held_out={held_out} measures drafts; give --draft=SPEC, or texts with --prompt")
+  if not texts and held_out is None:
+    raise UserError("no prompts; give --prompt, --prompts=FILE, or --held_out=N with --draft")
   ends = writer.stop(stop)
-  tokens = [writer.tokens(text) for text in texts]
-  report = None
-  if draft is None:
-    new = generate(writer.module, writer.variables, tokens, stop=ends, **options)
+  tokens: list[Tokens] = [writer.tokens(text) for text in texts]
+  if held_out is not None:
+    tokens += writer.held_out(held_out, prompt_tokens)
+  # All of them first, so that a wrong one is told before others are measured.
+  members = {text: writer.draft(text) for text in drafts}
+  reports = {
+    (text, count): measure(
+      writer.module, writer.variables, member, tokens, draft_tokens=count, stop=ends, share_cache=share_cache,
+      groups=writer.space and writer.space.groups, batch_size=batch_size, **options)
+    for text, member in members.items() for count in draft_tokens}
+  if reports:
+    new = next(iter(reports.values())).speculated.tokens
   else:
-    report = measure(
-      writer.module, writer.variables, writer.draft(draft), tokens, draft_tokens=draft_tokens, stop=ends,
-      share_cache=share_cache, groups=writer.space and writer.space.groups, **options)
-    new = report.speculated.tokens
-  return [writer.text(row, ends) for row in new], report
+    new = [row for batch in batches(tokens, batch_size)
+           for row in generate(writer.module, writer.variables, batch, stop=ends, **options)]
+  return [writer.text(row, ends) for row in new[:len(texts)]], reports
+
+
+def table(reports: Mapping[tuple[str, int], Report]) -> str:
+  """Lines for the terminal: one for each draft, and what their columns mean."""
+  lines = [("draft", "drafted", "params", "cache", "accepted", "tokens/call", "tokens/s", "plain", "speed-up",
+            "quartiles", "equal", "ties", "other")]
+  for (text, count), report in reports.items():
+    own, found = report.speculated, report.differences
+    lower, median, upper = report.quartiles
+    rows = "---"
+    if found:
+      rows = f"{found.equal} of {len(own.tokens)}", str(found.ties), str(len(found.other))
+    lines.append((
+      text, str(count), human(report.params), "shared" if own.shared else "own", f"{own.acceptance:.1%}",
+      f"{own.tokens_per_call:.2f}", f"{report.tokens_per_second:.1f}",
+      f"{report.plain_tokens_per_second:.1f}", f"{median:.2f}", f"{lower:.2f} to {upper:.2f}", *rows))
+  return (f"{aligned(lines)}\n"
+          "tokens/call: of the target, plainly 1; speed-up: the median of pairs with plain decoding;\n"
+          "equal: rows that are the target's own greedy tokens; ties: those that first differ where its two\n"
+          f"best logits are within {TIE:g}; other: those that differ elsewhere")

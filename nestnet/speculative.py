@@ -25,7 +25,7 @@ from nestnet.generate import ACCEPT, DRAFT, Differences, Tokens, feed, prefill
 from nestnet.models.decoder import init_cache
 from nestnet.slicing import take, unrolled_over
 from nestnet.subnet import Subnet
-from nestnet.timing import Ratio, ratio
+from nestnet.timing import paired_ms
 
 Pair = tuple[nn.Module, Mapping[str, Any]]
 
@@ -36,7 +36,7 @@ class Speculated:
 
   Attributes:
     tokens: The new tokens of each row, its stop token included.
-    calls: Of the large network, by row; rows of a batch share theirs.
+    calls: Of the large network, by row, those for the prompt not counted; rows of a batch share theirs.
     drafted: Tokens that were drafted within the limit, by row.
     accepted: How many of these the large network accepted.
     shared: Whether the draft read the large network's cache.
@@ -52,11 +52,6 @@ class Speculated:
   def acceptance(self) -> float:
     """The share of drafted tokens that were accepted."""
     return sum(self.accepted) / sum(self.drafted)
-
-  @property
-  def target_calls(self) -> int:
-    """Calls of the large network for the whole batch, those for the prompts not counted."""
-    return max(self.calls)
 
   @property
   def tokens_per_call(self) -> float:
@@ -285,73 +280,84 @@ def _checked(rows, how, logits, drafts, chances):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Speculative against plain decoding.
+  """Speculative against plain decoding, over all batches.
 
   Attributes:
     speculated: What was written.
     differences: Of greedy tokens from those of plain decoding; None where tokens are drawn.
     plain_tokens: How many tokens plain decoding wrote.
-    time: Speculative over plain decoding, in interleaved pairs.
+    params: Of the draft.
+    own_ms: Time of speculative decoding in milliseconds, the sum over batches of medians of pairs.
+    plain_ms: The same of plain decoding.
+    speed_ups: Tokens per second over those of plain decoding, of each pair of each batch.
   """
 
   speculated: Speculated
   differences: Differences | None
   plain_tokens: int
-  time: Ratio
+  params: int
+  own_ms: float
+  plain_ms: float
+  speed_ups: tuple[float, ...]
 
   @property
   def tokens_per_second(self) -> float:
-    return 1e3 * sum(map(len, self.speculated.tokens)) / self.time.own_ms
+    return 1e3 * sum(map(len, self.speculated.tokens)) / self.own_ms
 
   @property
   def plain_tokens_per_second(self) -> float:
-    return 1e3 * self.plain_tokens / self.time.base_ms
+    return 1e3 * self.plain_tokens / self.plain_ms
 
   @property
-  def speed_up(self) -> float:
-    """Tokens per second over those of plain decoding, the median of pairs."""
-    return sum(map(len, self.speculated.tokens)) / self.plain_tokens / self.time.median
-
-  def __str__(self) -> str:
-    """Lines for the terminal."""
-    own, share = self.speculated, sum(map(len, self.speculated.tokens)) / self.plain_tokens
-    lines = [
-      f"accepted: {own.acceptance:.1%} of {sum(own.drafted)} drafted tokens; {own.tokens_per_call:.2f} "
-      f"tokens a call of the target, {own.target_calls} calls{', one cache for both' * own.shared}",
-      f"tokens a second: {self.tokens_per_second:.1f} speculative, {self.plain_tokens_per_second:.1f} plain",
-      f"speed-up: {self.speed_up:.2f} (quartiles {share / self.time.upper:.2f} to "
-      f"{share / self.time.lower:.2f})"]
-    if self.differences:
-      found = self.differences
-      lines.append(
-        f"the target's own greedy tokens: {found.equal} of {len(own.tokens)} rows; {found.ties} first differ "
-        f"where its two best logits are within {plain.TIE:g}, {len(found.other)} elsewhere")
-    return "\n".join(lines)
+  def quartiles(self) -> tuple[float, float, float]:
+    """Of the speed-up: the first, the median, the third."""
+    return tuple(np.percentile(self.speed_ups, (25, 50, 75)).tolist())
 
 
 def measure(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | Pair,
             prompts: Sequence[Tokens], *, max_new_tokens: int, draft_tokens: int = 4,
-            share_cache: bool | None = None, groups: Mapping[str, int] | None = None, pairs: int = 7,
-            **options: Any) -> Report:
+            share_cache: bool | None = None, groups: Mapping[str, int] | None = None,
+            batch_size: int | None = None, pairs: int | None = None, **options: Any) -> Report:
   """Decodes speculatively and plainly, in interleaved pairs; what is compiled is not timed.
 
   Args:
     module: As in `speculate`.
     variables: As there.
     draft: As there.
-    prompts: As there, decoded together.
+    prompts: As there.
     max_new_tokens: As there.
     draft_tokens: As there.
     share_cache: As there.
     groups: As there.
-    pairs: How many pairs are timed.
+    batch_size: How many prompts are decoded together; all by default.
+    pairs: How many pairs are timed of each batch; by default 3, and 7 of a single one.
     **options: How tokens are drawn and where they end, of both.
   """
   options = {**options, "max_new_tokens": max_new_tokens}
   drafts = _prepared(module, variables, draft, share_cache, groups)
-  own = functools.partial(_run, module, variables, drafts, prompts, draft_tokens=draft_tokens, **options)
-  base = functools.partial(plain.generate, module, variables, prompts, **options)
-  speculated, reference = own(), base()
-  found = None if options.get("temperature") else plain.differences(
-    module, variables, prompts, speculated.tokens, reference)
-  return Report(speculated, found, sum(map(len, reference)), ratio(own, base, pairs))
+  batches = plain.batches(prompts, batch_size)
+  pairs = pairs or (3 if len(batches) > 1 else 7)
+  found, references, times, speed_ups = [], [], [], []
+  for batch in batches:
+    own = functools.partial(_run, module, variables, drafts, batch, draft_tokens=draft_tokens, **options)
+    base = functools.partial(plain.generate, module, variables, batch, **options)
+    speculated, reference = own(), base()
+    both = paired_ms(own, [base], pairs)
+    share = sum(map(len, speculated.tokens)) / sum(map(len, reference))
+    found.append(speculated)
+    references += reference
+    times.append(np.median(both, axis=0))
+    speed_ups += (share * both[:, 1] / both[:, 0]).tolist()
+  every = _joined(found)
+  differences = None if options.get("temperature") else plain.differences(
+    module, variables, prompts, every.tokens, references)
+  params = sum(leaf.size for leaf in jax.tree.leaves(drafts[1]["params"]))
+  return Report(every, differences, sum(map(len, references)), params, *np.sum(times, axis=0).tolist(),
+                tuple(speed_ups))
+
+
+def _joined(batches):
+  """What was written in several batches."""
+  rows = lambda name: [row for batch in batches for row in getattr(batch, name)]
+  return Speculated(rows("tokens"), tuple(rows("calls")), tuple(rows("drafted")), tuple(rows("accepted")),
+                    batches[0].shared)

@@ -65,9 +65,26 @@ def ratio(own: Call, base: Call | Sequence[Call], pairs: int, clock: Callable[[]
     >>> ratio(lambda: None, lambda: time.sleep(0.001), pairs=3).median < 1
     True
   """
+  bases = [base] if callable(base) else list(base)
+  for call in (own, *bases) * _WARM_UP:
+    call()
+  owns, others = paired_ms(own, bases, pairs, clock).T
+  lower, median, upper = np.percentile(owns / others, (25, 50, 75)).tolist()
+  return Ratio(float(np.median(others)), float(np.median(owns)), median, lower, upper)
+
+
+def paired_ms(own: Call, bases: Sequence[Call], pairs: int, clock: Callable[[], float] =
+              time.perf_counter) -> np.ndarray:
+  """Times of `own` and of all `bases` together, `[pairs, 2]` in milliseconds; nothing is warmed up.
+
+  Args:
+    own: As in `ratio`.
+    bases: The calls that it is measured against.
+    pairs: As there.
+    clock: As there.
+  """
   if pairs < 1:
     raise UserError(f"pairs: got {pairs}, allowed is at least 1")
-  bases = [base] if callable(base) else list(base)
 
   def timed(calls):
     began = clock()
@@ -75,16 +92,12 @@ def ratio(own: Call, base: Call | Sequence[Call], pairs: int, clock: Callable[[]
       call()
     return 1e3 * (clock() - began)
 
-  for call in (own, *bases) * _WARM_UP:
-    call()
   times = []
   for pair in range(pairs):
     both = {name: timed(calls) for name, calls in itertools.islice(
       itertools.cycle((("own", [own]), ("base", bases))), pair % 2, pair % 2 + 2)}
     times.append((both["own"], both["base"]))
-  owns, others = np.array(times).T
-  lower, median, upper = np.percentile(owns / others, (25, 50, 75)).tolist()
-  return Ratio(float(np.median(others)), float(np.median(owns)), median, lower, upper)
+  return np.array(times)
 
 
 def median_ms(call: Call) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import re
 import runpy
 import sys
 import warnings
@@ -16,7 +17,7 @@ import pytest
 from absl import app, flags
 from flax.core import meta
 
-from nestnet import Space, cli, errors, generate_run, runs, save
+from nestnet import Space, build, cli, errors, generate_run, runs, save
 from nestnet.data.tokenization import BYTES
 from nestnet.models.decoder import Decoder
 from nestnet.models.vit import ViT
@@ -77,12 +78,25 @@ def test_prompts_go_on(command, folder, tmp_path):
 
 def test_a_draft_reports(command, folder):
   code, out, err = command(f"--folder={folder}", f"--prompt={PROMPT}", "--max_new_tokens=4",
-                           "--draft=layers=1")
+                           "--draft=layers=1", "--draft=mlp=8", "--draft_tokens=4", "--draft_tokens=1")
   lines = out.splitlines()
-  assert code == 0 and lines[0] == f"{PROMPT}dddd", err
-  assert lines[2] == ("accepted: 100.0% of 4 drafted tokens; 4.00 tokens a call of the target, 1 calls, "
-                      "one cache for both")
-  assert lines[4].startswith("speed-up: ") and "1 of 1 rows" in lines[5]
+  assert code == 0 and lines[:2] == [f"{PROMPT}dddd", ""], err
+  heads, *rows = [dict(zip(lines[2].split(), re.split("  +", line))) for line in lines[2:7]]
+  assert [(row["draft"], row["drafted"], row["cache"], row["tokens/call"]) for row in rows] == [
+    ("layers=1", "4", "shared", "4.00"), ("layers=1", "1", "shared", "2.00"),
+    ("mlp=8", "4", "own", "4.00"), ("mlp=8", "1", "own", "2.00")]
+  assert [row["params"] for row in rows] == ["5.7k", "5.7k", "6.5k", "6.5k"]
+  for row in rows:
+    assert (row["accepted"], row["equal"], row["ties"], row["other"]) == ("100.0%", "1 of 1", "0", "0")
+
+
+def test_rows_are_written_in_batches(command, folder, monkeypatch):
+  sizes, right = [], generate_run.generate
+  monkeypatch.setattr(generate_run, "generate", lambda module, variables, prompts, **options: (
+    sizes.append(len(prompts)), right(module, variables, prompts, **options))[1])
+  code, out, err = command(f"--folder={folder}", *(f"--prompt={c}" for c in "abc"), "--max_new_tokens=2",
+                           "--batch_size=2")
+  assert (code, out, sizes) == (0, "[1] add\n[2] bdd\n[3] cdd\n", [2, 1]), err
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -93,6 +107,11 @@ def test_a_draft_reports(command, folder):
   (["--prompt=x", "--draft=layer=1"], ["'layer'", "did you mean 'layers'"]),
   (["--prompt=x", "--draft=layers=1", "--draft_tokens=0"], ["draft_tokens: got 0"]),
   (["--prompt=x", "--draft=layers=1", "--draft_tokens=two"], ["draft_tokens", "two"]),
+  (["--prompt=x", "--batch_size=0"], ["batch_size: got 0"]),
+  (["--held_out=2"], ["--held_out=2 measures drafts", "--draft=SPEC"]),
+  (["--held_out=2", "--draft=layers=1"], ["--held_out=2 is of a run, --workdir"]),
+  (["--held_out=two"], ["held_out", "two"]),
+  (["--prompt=x", "--draft=layers=1", "--draft=layers=3"], ["draft layers=3 is larger than the target"]),
   (["--prompt=x", "--temperature=-1"], ["temperature: got -1"]),
   (["--prompt=x", "--top_p=2"], ["top_p: got 2"]),
   (["--prompt=x", "--stop=ab"], ["stop: 'ab' is 2 tokens"]),
@@ -137,12 +156,20 @@ def test_a_member_of_a_run_writes_and_another_drafts(command, tmp_path):
   assert runs.train(config, tmp_path / "run", show_progress=False)
   write = functools.partial(command, f"--workdir={tmp_path}/run", f"--prompt={PROMPT}", "--max_new_tokens=9",
                             "--stop=\n")
+  writer = generate_run.opened(tmp_path / "run")
+  assert writer.held_out(3, 8) == build.data_of(config).split("test").stretches(3, 8).tolist()
   alone = write("--subnet=mlp=16")
   assert alone[0] == 0 and alone[1].startswith(PROMPT), alone[2]
   code, out, err = write("--subnet=mlp=16", "--draft=mlp=8")
-  assert code == 0 and out.startswith(alone[1]) and "1 of 1 rows" in out, err
+  assert code == 0 and out.startswith(alone[1]) and "1 of 1 " in out, err
   code, out, err = write("--subnet=mlp=16", "--draft=largest")
   assert code == 2 and "larger than the target" in err
+  held = functools.partial(command, f"--workdir={tmp_path}/run", "--max_new_tokens=9", "--prompt_tokens=8",
+                           "--draft=smallest")
+  code, out, err = held("--held_out=3", "--batch_size=1")
+  assert code == 0 and out.startswith("draft ") and "3 of 3" in out, err
+  code, out, err = held("--held_out=1000000")
+  assert code == 2 and "stdlib_text/test has" in err and err.count("\n") == 1
 
 
 def test_a_draft_of_a_run_is_named_as_its_space_names_it():

@@ -67,6 +67,20 @@ class Windows:
     read = self.tokens[np.minimum(places, len(self.tokens) - 1)].astype(np.int32)
     return {"tokens": np.where(inside, read, np.int32(-1))}
 
+  def stretches(self, count: int, tokens: int) -> np.ndarray:
+    """Stretches of tokens, `[count, tokens]` int32: the middles of so many equal parts of the stream.
+
+    Raises:
+      errors.UserError: A number below 1, or parts that are shorter than a stretch.
+    """
+    if count < 1 or tokens < 1 or count * tokens > len(self.tokens):
+      raise errors.UserError(
+        f"{self.name} has {len(self.tokens)} tokens: got {count} stretches of {tokens}; allowed is at least "
+        "one of at least 1, and all of them together no longer than it")
+    part = len(self.tokens) // count
+    places = np.arange(count)[:, None] * part + (part - tokens) // 2 + np.arange(tokens)
+    return self.tokens[places].astype(np.int32)
+
   def evaluated(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """As `batch`, with the `bytes` that the targets of each window stand for, float64 `[batch]`.
 

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 
 from nestnet import data
 from nestnet.data import stdlib_text
-from nestnet.data.text import text
+from nestnet.data.text import Windows, text
 from nestnet.data.tokenization import BYTES, Tokenizer, tokenizer
 from nestnet.errors import UserError
 
@@ -142,6 +142,16 @@ def test_an_evaluation_may_take_windows_spread_over_a_split():
   np.testing.assert_array_equal(some["tokens"], every[[count * i // 5 for i in range(5)]])
   assert some["bytes"].shape == (5,) and len(every) == count > 50
   assert len(data.arrays(poem(), "train", 10 ** 6)["tokens"]) == count
+
+
+def test_stretches_are_the_middles_of_equal_parts():
+  windows = Windows("some/test", np.arange(31), length=8)
+  assert windows.stretches(3, 4).tolist() == [[3, 4, 5, 6], [13, 14, 15, 16], [23, 24, 25, 26]]
+  # They may be all there is.
+  assert windows.stretches(1, 31).tolist() == [list(range(31))]
+  for count, tokens in ((0, 4), (2, 0), (8, 4), (1, 32)):
+    with pytest.raises(UserError, match=f"some/test has 31 tokens: got {count} stretches of {tokens}"):
+      windows.stretches(count, tokens)
 
 
 def test_own_text_is_held_out_by_document():
