@@ -52,7 +52,7 @@ def get_config(method: str = "matformer_sampled") -> ml_collections.ConfigDict:
                       execution="auto", per_shard_subnets=False, accumulate=1)
   # Of each held-out split so many windows are evaluated, the same for all, spread over all its files.
   config.eval = dict(examples=512)
-  if "mlp" in config.space and method != "separate":
+  if "mlp" in config.space:
     config.eval.members = MIXTURES
   # Devices; -1 takes all that are there.
   config.mesh = dict(data=1, fsdp=1, model=1)

@@ -184,8 +184,8 @@ def _phases(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.
 
 
 def _also(config: Mapping[str, Any], step: Step) -> tuple[Subnet, ...]:
-  """The members that `config.eval.members` names."""
-  texts = (config.get("eval") or {}).get("members") or ()
+  """The members that `config.eval.members` names; beside a network that trains alone there is none."""
+  texts = () if config["recipe"].get("subnet") else (config.get("eval") or {}).get("members") or ()
   try:
     return tuple(step.supernet.space.subnet(str(text)) for text in texts)
   except UserError as error:

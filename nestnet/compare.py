@@ -123,8 +123,7 @@ def _families(configs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], lis
     # With what a run records of its data, so that a folder is of the same one.
     config = config | {"data": run.config["data"]}
     if run.also:
-      alone = config["recipe"]["name"] == BASELINE
-      config["eval"] = config["eval"] | {"members": [] if alone else list(map(str, run.also))}
+      config["eval"] = config["eval"] | {"members": list(map(str, run.also))}
     if not space.pool and space.size > FIXED_LIMIT:
       raise UserError(f"the space of {config['recipe']['name']} has {space.size} members and no pool; "
                       f"name the sizes to compare in space.pool (at most {FIXED_LIMIT} without one)")
