@@ -190,7 +190,7 @@ def extract(model: nn.Module, variables: dict[str, Any], subnet: Subnet, *inputs
     >>> from nestnet.models.vit import ViT
     >>> model = ViT(layers=2, embed=8, heads=2, mlp=16, classes=3)
     >>> images = jax.numpy.zeros((1, 8, 8, 1))
-    >>> variables = model.init(jax.random.key(0), images)
+    >>> variables = jax.jit(model.init)(jax.random.key(0), images)
     >>> module, small = extract(model, variables, Subnet(layers=1, mlp=4), images)
     >>> module.apply(small, images)["logits"].shape
     (1, 3)

@@ -177,7 +177,7 @@ def generate(module: nn.Module, variables: Mapping[str, Any], prompts: Sequence[
   Example:
     >>> from nestnet.models.decoder import Decoder
     >>> model = Decoder(layers=1, embed=8, heads=2, kv_heads=1, mlp=8, vocab=16, context=16)
-    >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     >>> [len(row) for row in generate(model, variables, [[1, 2, 3], [4]], max_new_tokens=5)]
     [5, 5]
   """

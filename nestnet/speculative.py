@@ -96,7 +96,7 @@ def speculate(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | P
   Example:
     >>> from nestnet.models.decoder import Decoder
     >>> model = Decoder(layers=2, embed=8, heads=2, kv_heads=1, mlp=8, vocab=16, context=16)
-    >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     >>> found = speculate(model, variables, Subnet(layers=1), [[1, 2, 3]], max_new_tokens=6)
     >>> found.tokens == plain.generate(model, variables, [[1, 2, 3]], max_new_tokens=6), found.shared
     (True, True)

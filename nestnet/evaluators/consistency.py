@@ -40,7 +40,7 @@ def consistency(small: Pair, large: Pair, texts: Sequence[Tokens], batch_size: i
   Example:
     >>> from nestnet.models.decoder import Decoder
     >>> model = Decoder(layers=1, embed=8, heads=2, kv_heads=1, mlp=8, vocab=16)
-    >>> same = model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    >>> same = model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     >>> dict(consistency(same, same, [[1, 2, 3], [4, 5]]))
     {'agreement': 1.0, 'kl': 0.0, 'tokens': 5.0}
   """
