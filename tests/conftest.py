@@ -10,9 +10,6 @@ from nestnet.timing import compilations
 
 CACHE = pathlib.Path(os.environ.get("NESTNET_TEST_CACHE", "~/.cache/nestnet/compiled")).expanduser()
 
-# The tests wait for the compiler, not for what it makes: LLVM at -O0 takes two thirds of the time.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
