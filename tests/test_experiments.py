@@ -86,7 +86,7 @@ def test_accuracy_of_a_row_is_that_of_its_slice(finished):
     module, variables = run.supernet.module(member), run.step.member(state, member)
     for split, name in (("test", "accuracy"), ("validation", "validation_accuracy")):
       data = arrays(run.dataset, split)
-      found = module.apply(variables, data["image"])["logits"].argmax(-1)
+      found = jax.jit(module.apply)(variables, data["image"])["logits"].argmax(-1)
       assert abs(rows[str(member)][name] - np.mean(found == data["label"])) < 1e-6
 
 
@@ -133,7 +133,7 @@ def test_extract_by_a_partial_spec_with_layer_ids(finished, tmp_path):
   np.testing.assert_array_equal(variables["params"]["blocks"]["mlp"]["up"]["kernel"],
                                 state.trained["model"]["blocks"]["mlp"]["up"]["kernel"][1:, :8])
   data = arrays(load("digits"), "test")
-  accuracy = np.mean(module.apply(variables, data["image"])["logits"].argmax(-1) == data["label"])
+  accuracy = np.mean(jax.jit(module.apply)(variables, data["image"])["logits"].argmax(-1) == data["label"])
   assert abs(accuracy - row["accuracy"]) < 1e-6
   written = json.loads((tmp_path / "out" / "config.json").read_text())
   assert written["parent"] == {"run": str(finished), "step": 4}

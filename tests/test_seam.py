@@ -173,7 +173,7 @@ def test_centre_and_average_follow_their_definitions():
   state = step.init()
   model = step.supernet.model
   params = jax.device_get(state.trained["model"])
-  logits = model.apply({"params": params}, batch["image"])["logits"]
+  logits = jax.jit(model.apply)({"params": params}, batch["image"])["logits"]
   after, _ = step(state, jax.device_put(batch), 0)
   np.testing.assert_allclose(after.objective["centre"], 0.2 * logits.mean(axis=0), atol=1e-6)
   jax.tree.map(lambda t, a, b: np.testing.assert_allclose(t, 0.9 * a + 0.1 * b, atol=1e-6),
