@@ -46,7 +46,7 @@ def main(argv):
     rows = [row | own for row, own in zip(rows, beside)]
   print(report.table(evaluation.shown(rows)))
   order = f", units sorted by {SORT.value}" if SORT.value else ""
-  print(f"{len(rows)} of {space.size} sub-networks, at step {step} of {run.steps}{order}")
+  print(f"{evaluation.counted(space, members)}, at step {step} of {run.steps}{order}")
   if not (texts or SORT.value or other):
     report.write_rows(f"{WORKDIR.value}/subnets.json", rows)
 

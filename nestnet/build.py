@@ -185,9 +185,9 @@ def _phases(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.
 
 def _also(config: Mapping[str, Any], step: Step) -> tuple[Subnet, ...]:
   """The members that `config.eval.members` names; beside a network that trains alone there is none."""
-  texts = () if config["recipe"].get("subnet") else (config.get("eval") or {}).get("members") or ()
+  texts = () if "subnet" in config["recipe"] else (config.get("eval") or {}).get("members") or ()
   try:
-    return tuple(step.supernet.space.subnet(str(text)) for text in texts)
+    return tuple(step.supernet.space.subnet(text) for text in texts)
   except UserError as error:
     raise UserError(f"config.eval.members: {error}") from None
 
@@ -255,7 +255,11 @@ def _check(config: Mapping[str, Any]) -> None:
     if not isinstance(value, int) or value < least:
       raise UserError(f"config.train.{key}: got {value}, allowed is a whole number of at least {least}")
   for key, value in (config.get("eval") or {}).items():
-    if key != "members" and (not isinstance(value, int) or value < 1):
+    if key == "members":
+      if not (isinstance(value or [], list) and all(isinstance(x, str) and x.strip() for x in value or [])):
+        raise UserError(f"config.eval.members: got {value!r}, allowed is a tuple of texts, such as "
+                        "('mlp=64', 'mlp=64:64:128:128')")
+    elif not isinstance(value, int) or value < 1:
       raise UserError(f"config.eval.{key}: got {value}, allowed is a whole number of at least 1")
   _check_data(config["data"])
   for phase in config.get("phases") or ():

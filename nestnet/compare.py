@@ -145,9 +145,20 @@ def _check_pair(one: dict[str, Any], other: dict[str, Any]) -> None:
       for part in key.split("."):
         config = config[part]
       values.append(config)
-    if values[0] != values[1]:
-      raise UserError(f"{names[0]} and {names[1]} differ in config.{key}: {values[0]} and {values[1]}; "
-                      "allowed are equal ones")
+    _check_equal(names, key, *values)
+  if BASELINE not in names:
+    _check_equal(names, "eval.members", *(sorted(_members(config)) for config in (one, other)))
+
+
+def _check_equal(names: Sequence[str], key: str, one: Any, other: Any) -> None:
+  if one != other:
+    raise UserError(f"{names[0]} and {names[1]} differ in config.{key}: {one} and {other}; "
+                    "allowed are equal ones")
+
+
+def _members(config: Mapping[str, Any]) -> list[str]:
+  """What a config's tables show beside the sizes of its family."""
+  return (config.get("eval") or {}).get("members") or []
 
 
 def _plan_family(family: tuple[str, ...], group: list[dict[str, Any]], seeds: int, root: pathlib.Path,
@@ -176,7 +187,7 @@ def _plan_family(family: tuple[str, ...], group: list[dict[str, Any]], seeds: in
       for steps, names in by_steps.items():
         own = config | {"train": config["train"] | {"steps": steps}}
         total = flops(steps)
-        sizes = tuple(dict.fromkeys([*family, *(own.get("eval") or {}).get("members", ())]))
+        sizes = tuple(dict.fromkeys([*family, *_members(own)]))
         yield _task(own, seed, root, family, sizes, "+".join(_axes(family)), tuple(names), total)
 
 

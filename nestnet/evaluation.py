@@ -47,6 +47,19 @@ def evaluated(run: Run) -> list[Subnet]:
   return sorted(dict.fromkeys([*_listed(run.supernet.space), *run.also]), key=volume)
 
 
+def counted(space: Space, members: Sequence[Subnet]) -> str:
+  """How much of a space was evaluated, in words; mixtures of its members count apart.
+
+  Example:
+    >>> space = Space(layers=(2,), mlp=(8, 16))
+    >>> counted(space, [*space, space.subnet("mlp=8:16")])
+    '2 of 2 sub-networks and 1 mixture'
+  """
+  inside = sum(member in space for member in members)
+  mixed = len(members) - inside
+  return f"{inside} of {space.size} sub-networks" + f" and {mixed} mixture{'s' * (mixed > 1)}" * (mixed > 0)
+
+
 def _listed(space: Space) -> list[Subnet]:
   """The whole space where it has at most 64 members; else a sample of 64, spread over the cost."""
   if space.size <= LISTED:

@@ -97,3 +97,13 @@ def test_small_networks_warm_up_over_fifty_steps(name, method):
   assert float(rate(49)) < float(rate(50)) == pytest.approx(peak) and float(rate(51)) < float(rate(50))
   for phase in made.get("phases") or [{}]:
     assert float(build._rate(made["optim"] | phase.get("optim", {}), 1)(0)) > 0
+
+
+@pytest.mark.parametrize("members, message", [
+  (3, "got 3, allowed is a tuple of texts"), ("embed=8", "got 'embed=8', allowed is a tuple"),
+  ((3,), r"got \[3\], allowed is a tuple"), (("",), r"got \[''\], allowed is a tuple"),
+  (("embed=9",), "embed=9 is outside the space; allowed for embed: 8, 16"),
+  (("nonsense",), "'nonsense' is not axis=size")])
+def test_members_to_show_are_read_at_start_up(members, message):
+  with pytest.raises(UserError, match=f"^config.eval.members: .*{message}"):
+    build.build(config(eval={"members": members}))

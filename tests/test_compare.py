@@ -86,6 +86,16 @@ def test_members_that_no_recipe_trains_are_shown_of_nested_ones(tmp_path):
     compare.plan([plain[0] | {"eval": {"members": ("embed=9",)}}], 1, tmp_path)
 
 
+def test_nested_recipes_show_the_same_members(tmp_path):
+  made = lambda name, *members: config(name) | {"eval": {"members": members}}
+  call = lambda *configs: compare.plan(configs, 1, tmp_path, ("equal steps",))
+  # As texts may differ that mean the same; `separate` shows none.
+  assert len(call(config("separate"), made("truncate", "embed=8"), made("sandwich", "layers=2,embed=8"))) == 4
+  for other in (config("sandwich"), made("sandwich", "layers=1,embed=16")):
+    with pytest.raises(errors.UserError, match="sandwich differ in config.eval.members: .*embed=8"):
+      call(made("truncate", "embed=8"), other)
+
+
 def test_more_seeds_keep_the_runs_that_are_there(tmp_path):
   configs = [config("separate"), config("sandwich")]
   two, three = ({t.workdir: t for t in compare.plan(configs, n, tmp_path)} for n in (2, 3))

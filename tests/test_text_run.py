@@ -289,13 +289,21 @@ def test_every_method_of_the_config(method, tmp_path):
   with made.unlocked():
     made.model.update(layers=2, embed=8, heads=2, kv_heads=1, mlp=16, context=16)
     made.space.mlp = (4, 16)
-    made.data.length, made.eval.examples = 16, 8
+    made.data.length, made.eval.examples, made.eval.members = 16, 8, (MIXED,)
     made.train.update(steps=2, batch_size=4, log_every=1)
     made.optim.warmup_steps = 1
   assert runs.train(made, tmp_path / "run", show_progress=False)
   rows = report.read_rows(tmp_path / "run" / "subnets.json")
-  assert len(rows) == (1 if method == "separate" else 2) and all(0 < row["bits_per_byte"] < 9 for row in rows)
+  assert len(rows) == (1 if method == "separate" else 3) and all(0 < row["bits_per_byte"] < 9 for row in rows)
   assert extraction.extract_run(tmp_path / "run", tmp_path / "out", "smallest")[1] == 0.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixtures_of_the_config_have_half_of_the_layers_at_each_of_two_sizes(method):
+  run = build.build(cli.load_config(f"{CONFIG}:{method}"))
+  pairs = [(64, 128), (128, 256), (256, 512)]
+  assert [member.chosen["mlp"] for member in run.also] == (
+    [] if method == "separate" else [(low,) * 4 + (high,) * 4 for low, high in pairs])
 
 
 def test_the_config_has_two_million_parameters():
