@@ -14,26 +14,29 @@ second layer is an exit of one forward pass.
 
 import ml_collections
 
+from nestnet.errors import one_of
 from nestnet.recipes import phases, recipe
 
+METHODS = ("separate", "truncate", "sandwich", "sorted", "matformer_joint", "matformer_sampled", "soft",
+           "layerskip")
 LAYERS, EMBED, MLP = 8, 128, 512
-GRANULARITIES = (MLP // 8, MLP // 4, MLP // 2, MLP)
-# Half of the layers at one granularity, the later half at the next.
-MIXTURES = tuple(
-  "mlp=" + ":".join(map(str, [low] * (LAYERS // 2) + [high] * (LAYERS // 2)))
-  for low, high in zip(GRANULARITIES, GRANULARITIES[1:]))
 
 
 def get_config(method: str = "matformer_sampled") -> ml_collections.ConfigDict:
+  if method not in METHODS:
+    raise one_of("method of stdlib_matformer", method, METHODS)
   config = ml_collections.ConfigDict()
   config.seed = 0
   # 2.0 million parameters, 33 thousand of them in the embedding of 256 bytes.
   config.model = dict(name="Decoder", layers=LAYERS, embed=EMBED, heads=4, kv_heads=2, mlp=MLP, context=256)
-  config.space = dict(mlp=GRANULARITIES)
+  config.space = dict(mlp=(MLP // 8, MLP // 4, MLP // 2, MLP))
   if method in ("soft", "layerskip"):
     config.space = dict(layers=(LAYERS // 4, LAYERS // 2, LAYERS * 3 // 4, LAYERS))
     config.recipe = recipe(method, depths=config.space["layers"])
     config.model["layer_dropout"] = 0.1 * (method == "layerskip")
+    if method == "layerskip":
+      # One exit a step beside the deepest: of the four here, where the paper's has one behind every layer.
+      config.recipe["objective"]["interval"] = len(config.space["layers"])
   else:
     config.recipe = recipe(method) | {"objective": dict(
       name="language_modelling", student_labels=0.0, distillation=1.0, temperature=1.0, divergence="forward",
@@ -53,7 +56,8 @@ def get_config(method: str = "matformer_sampled") -> ml_collections.ConfigDict:
   # Of each held-out split so many windows are evaluated, the same for all, spread over all its files.
   config.eval = dict(examples=512)
   if "mlp" in config.space:
-    config.eval.members = MIXTURES
+    # Mixtures of neighbouring sizes are shown too.
+    config.eval.mix = "mlp"
   # Devices; -1 takes all that are there.
   config.mesh = dict(data=1, fsdp=1, model=1)
   return config

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import optax
 
+from nestnet import beside
 from nestnet import phases as stretches
 from nestnet import training
 from nestnet.cli import check_fields
@@ -102,7 +103,7 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
     # What -1 stood for is written out: who opens the run elsewhere knows how many data shards drew.
     config["mesh"] = {axis: here.shape[axis] for axis in config["mesh"]}
   phases = _phases(config, dataset, here, trains=mesh is None)
-  return Run(config, dataset, _batches(config, dataset, here), phases, _also(config, phases[-1].step))
+  return Run(config, dataset, _batches(config, dataset, here), phases, beside.members(config, phases[-1].step.supernet))
 
 
 def data_of(config: Mapping[str, Any]) -> Dataset | Text:
@@ -183,15 +184,6 @@ def _phases(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.
   return tuple(phases)
 
 
-def _also(config: Mapping[str, Any], step: Step) -> tuple[Subnet, ...]:
-  """The members that `config.eval.members` names; beside a network that trains alone there is none."""
-  texts = () if "subnet" in config["recipe"] else (config.get("eval") or {}).get("members") or ()
-  try:
-    return tuple(step.supernet.space.subnet(text) for text in texts)
-  except UserError as error:
-    raise UserError(f"config.eval.members: {error}") from None
-
-
 def _parent(folder: str, config: dict[str, Any], dataset: Dataset, enter: training.Transition | None
             ) -> Parent:
   """The weights of a folder that holds all that the config's model and space describe."""
@@ -259,7 +251,7 @@ def _check(config: Mapping[str, Any]) -> None:
       if not (isinstance(value or [], list) and all(isinstance(x, str) and x.strip() for x in value or [])):
         raise UserError(f"config.eval.members: got {value!r}, allowed is a tuple of texts, such as "
                         "('mlp=64', 'mlp=64:64:128:128')")
-    elif not isinstance(value, int) or value < 1:
+    elif key != "mix" and (not isinstance(value, int) or value < 1):
       raise UserError(f"config.eval.{key}: got {value}, allowed is a whole number of at least 1")
   _check_data(config["data"])
   for phase in config.get("phases") or ():

@@ -30,7 +30,8 @@ GROUPS: dict[str, dict[str, type]] = {
   "train": {"steps": int, "batch_size": int, "checkpoint_every": int, "log_every": int, "eval_every": int,
             "execution": str, "per_shard_subnets": bool, "accumulate": int},
   "mesh": {"data": int, "fsdp": int, "model": int},
-  "eval": {"calibrate_images": int, "calibrate_batch_size": int, "examples": int, "members": tuple},
+  "eval": {"calibrate_images": int, "calibrate_batch_size": int, "examples": int, "members": tuple,
+           "mix": str},
 }
 # Groups whose keys depend on the model.
 OF_MODEL = ("model", "space")

@@ -37,7 +37,7 @@ class Speculated:
   Attributes:
     tokens: The new tokens of each row, its stop token included.
     calls: Of the large network, by row, those for the prompt not counted; rows of a batch share theirs.
-    drafted: Tokens that were drafted within the limit, by row.
+    drafted: Tokens that were drafted within the limit and not behind a stop token, by row.
     accepted: How many of these the large network accepted.
     shared: Whether the draft read the large network's cache.
   """
@@ -148,6 +148,10 @@ def drafted_by(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | 
     if draft[0].vocab != module.vocab:
       raise UserError(f"the draft has {draft[0].vocab} tokens, the target {module.vocab}; allowed is one "
                       "vocabulary")
+    own, whole = (sum(leaf.size for leaf in jax.tree.leaves(v)) for v in (draft[1], variables))
+    if own > whole:
+      raise UserError(f"the draft has {own} parameters, the target {whole}; allowed is a draft that is no "
+                      "larger than its target")
     return draft
   check_inside(module, draft)
   drafter = module_of(module, draft)
@@ -219,9 +223,12 @@ def _speculate(module, drafter, count, shared, prefilled, variables, small, rows
     # What the draft has written to a shared cache is dropped: this call writes all of it.
     logits, cache = feed(module, variables, cache, tokens, rows.fed(-1, count + 1))
     new, right = _checked(rows, how, logits, drafts, chances)
-    tried = jnp.where(rows.done, 0, jnp.minimum(count, rows.limits - rows.lengths))
+    after = rows.extended(new, right + 1, stop)
+    tried = jnp.minimum(count, rows.limits - rows.lengths)
+    # What was drafted behind the token that ends a row is of no use to it.
+    tried = jnp.where(after.done, jnp.minimum(tried, after.lengths - rows.lengths), tried)
     counts = calls + ~rows.done, drafted + tried, accepted + jnp.minimum(right, tried)
-    return rows.extended(new, right + 1, stop), cache, None if shared else own, counts
+    return after, cache, None if shared else own, counts
 
   own = None if shared else prefill(drafter, small, rows, prefilled)
   state = rows, prefill(module, variables, rows, prefilled), own, (jnp.zeros_like(rows.lengths),) * 3

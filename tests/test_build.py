@@ -107,3 +107,14 @@ def test_small_networks_warm_up_over_fifty_steps(name, method):
 def test_members_to_show_are_read_at_start_up(members, message):
   with pytest.raises(UserError, match=f"^config.eval.members: .*{message}"):
     build.build(config(eval={"members": members}))
+
+
+def test_lists_of_another_number_of_layers_are_told_at_start_up():
+  made = {**cli.load_config(str(ROOT / "configs" / "stdlib_matformer.py")).to_dict(), "phases": None}
+  run = build.build(made | {"model": made["model"] | {"layers": 3}})
+  assert [member.chosen["mlp"] for member in run.also][0] == (64, 64, 128)
+  for changes, message in (
+      ({"members": ("mlp=64:64",)}, "members: mlp=64:64 lists 2 layers, but layers keeps 8"),
+      ({"mix": "mpl"}, "mix: unknown axis 'mpl'; did you mean 'mlp'")):
+    with pytest.raises(UserError, match=f"^config.eval.{message}"):
+      build.build(made | {"eval": changes})

@@ -102,6 +102,8 @@ def test_a_stop_inside_an_accepted_run_ends_the_row(variables, greedy):
     found = speculate(MODEL, variables, Subnet(layers=2), PROMPTS, max_new_tokens=NEW, stop=[stop])
     assert found.tokens == [row[:row.index(stop) + 1] if stop in row else row for row in greedy]
     assert all(a <= b for a, b in zip(found.calls, whole.calls))
+    # Nothing counts that was drafted behind it.
+    assert all(accepted <= len(row) for row, accepted in zip(found.tokens, found.accepted))
   # Some of these ended where more had been accepted.
   assert whole.acceptance > 0.2
 
@@ -200,6 +202,7 @@ def test_prompts_of_one_length_share_their_programs(variables):
   ((MODEL, {}), {"draft_tokens": 0}, "draft_tokens: got 0"),
   (Subnet(heads=3), {}, "heads=3"),
   ((MODEL.clone(vocab=16), {}), {}, "draft has 16 tokens, the target 32"),
+  ((MODEL, {"params": {"kernel": np.zeros(10 ** 6)}}), {}, "draft has 1000000 parameters, the target"),
   ((MODEL, {}), {"share_cache": True}, "share_cache=True with a draft that has weights of its own")])
 def test_what_is_wrong_is_said(variables, draft, options, message):
   with pytest.raises(ValueError, match=message):

@@ -289,7 +289,7 @@ def test_every_method_of_the_config(method, tmp_path):
   with made.unlocked():
     made.model.update(layers=2, embed=8, heads=2, kv_heads=1, mlp=16, context=16)
     made.space.mlp = (4, 16)
-    made.data.length, made.eval.examples, made.eval.members = 16, 8, (MIXED,)
+    made.data.length, made.eval.examples = 16, 8
     made.train.update(steps=2, batch_size=4, log_every=1)
     made.optim.warmup_steps = 1
   assert runs.train(made, tmp_path / "run", show_progress=False)
