@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -113,6 +114,14 @@ def test_bytes_of_windows_add_up_to_those_of_the_documents():
   np.testing.assert_allclose(found["bytes"] / (found["tokens"][:, 1:] >= 0).sum(1), 26 / 14)
   own = text("t", {"train": documents}, 5, BYTES).split("train").evaluated(np.arange(3))
   assert own["bytes"].tolist() == [5, 5, 5]
+
+
+def test_kept_tokens_are_those_of_the_end_token(tmp_path):
+  documents = {"train": [{"text": "abcd"}]}
+  for end in (0, 1, 0):
+    other = dataclasses.replace(BYTES, end=end)
+    tokens = text("t", documents, 2, other, tmp_path).split("train").tokens
+    assert tokens.tolist() == [end, *b"abcd", end]
 
 
 @pytest.mark.parametrize("step", [0, 9])
