@@ -115,6 +115,28 @@ def model_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
   return {"name": "Decoder", **fields_of(_config(folder), str(folder))}
 
 
+def end_tokens(folder: str | os.PathLike[str]) -> list[int]:
+  """The tokens that end a text, as `generation_config.json` and `config.json` of a folder name them.
+
+  Raises:
+    ValueError: A file is damaged, or names something else than tokens.
+  """
+  found = []
+  for name in ("generation_config.json", "config.json"):
+    path = pathlib.Path(folder) / name
+    if not path.is_file():
+      continue
+    try:
+      value = dict(json.loads(path.read_text())).get("eos_token_id")
+    except (OSError, ValueError, TypeError) as error:
+      raise UserError(f"{path} is damaged: {error}") from error
+    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in tokens):
+      raise UserError(f"{path}: eos_token_id={value!r}; allowed is a token's number, or a list of them")
+    found += tokens
+  return list(dict.fromkeys(found))
+
+
 def _opened(folder: str | os.PathLike[str]) -> tuple[Decoder, list[pathlib.Path], dict[str, Place]]:
   """The network of a folder, its files, and where each tensor goes; what is in the files is checked."""
   folder = pathlib.Path(folder)

@@ -257,6 +257,22 @@ def test_a_tokenizer_without_its_library_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.interop
+def test_special_tokens_stand_around_prompts_alone(tmp_path):
+  import tokenizers
+  from tokenizers import models, pre_tokenizers, processors
+
+  made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "ab": 2, "c": 3}))
+  made.pre_tokenizer = pre_tokenizers.Whitespace()
+  made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+  made.save(str(tmp_path / "tokenizer.json"))
+  found, texts = tokenizer(tmp_path), [b"c ab", b""]
+  assert [tokens.tolist() for tokens in found.encode(texts)] == [[3, 2], []]
+  assert [tokens.tolist() for tokens in found.encode_prompts(texts)] == [[0, 3, 2], [0]]
+  dataset = text("t", {"train": [{"text": "c ab"}]}, 2, found)
+  assert dataset.split("train").tokens.tolist() == [1, 3, 2, 1]
+
+
+@pytest.mark.interop
 def test_a_tokenizer_of_hugging_face(tmp_path):
   import tokenizers
   from tokenizers import models, pre_tokenizers
