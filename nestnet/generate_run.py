@@ -17,6 +17,7 @@ from nestnet.data.tokenization import BYTES, Tokenizer, tokenizer
 from nestnet.errors import MissingFileError, UserError
 from nestnet.generate import TIE, Tokens, batches, generate
 from nestnet.interop.folder import load
+from nestnet.interop.hugging_face import end_tokens
 from nestnet.models.decoder import Decoder
 from nestnet.report import aligned, human
 from nestnet.space import Space
@@ -37,6 +38,9 @@ class Writer:
     subnet: Which member of the family it is; None where it comes from a folder.
     space: The family, of a run.
     test: The test split of a run's text.
+    special: Whether a prompt gets the special tokens that the tokenizer puts around a text; else it begins
+      as a document of a run.
+    ends: Further tokens that end a text, beside that of the tokenizer.
   """
 
   module: nn.Module
@@ -45,6 +49,8 @@ class Writer:
   subnet: Subnet | None = None
   space: Space | None = None
   test: Windows | None = None
+  special: bool = False
+  ends: tuple[int, ...] = ()
 
   def draft(self, text: str) -> Subnet:
     """A member to draft with, by its text form; axes that it leaves out are those of this network.
@@ -71,8 +77,13 @@ class Writer:
                       "inside it") from None
 
   def tokens(self, text: str) -> list[int]:
-    """The tokens of a text."""
+    """The tokens of a text, no special ones around it."""
     return [int(token) for token in self.tokenizer.encode([text.encode()])[0]]
+
+  def prompt(self, text: str) -> list[int]:
+    """The tokens of a text to go on from."""
+    encode = self.tokenizer.encode_prompts if self.special else None
+    return [int(token) for token in encode([text.encode()])[0]] if encode else self.tokens(text)
 
   def held_out(self, count: int, tokens: int) -> list[list[int]]:
     """So many stretches of the test split, spread over it.
@@ -85,7 +96,7 @@ class Writer:
     return self.test.stretches(count, tokens).tolist()
 
   def stop(self, texts: Sequence[str]) -> list[int]:
-    """The tokens that end a text: that between documents, and given ones.
+    """The tokens that end a text: that between documents, those of its folder, and given ones.
 
     Raises:
       ValueError: A text is not one token.
@@ -94,7 +105,7 @@ class Writer:
     for text, tokens in zip(texts, found):
       if len(tokens) != 1:
         raise UserError(f"stop: {text!r} is {len(tokens)} tokens; allowed is the text of one")
-    return list(dict.fromkeys([self.tokenizer.end, *(token for (token,) in found)]))
+    return list(dict.fromkeys([self.tokenizer.end, *self.ends, *(token for (token,) in found)]))
 
   def text(self, tokens: Sequence[int], stop: Sequence[int]) -> str:
     """The text of new tokens, without the one that ended it."""
@@ -107,6 +118,7 @@ def opened(workdir: Path | None = None, folder: Path | None = None, subnet: str 
   Args:
     workdir: A run with a checkpoint.
     folder: Or a network by itself, as `experiments.extract` writes it, with its `tokenizer.json`, if any.
+      Special tokens and ends of texts are then those of `transformers`.
     subnet: Which member of the run; the largest by default.
 
   Raises:
@@ -126,7 +138,10 @@ def opened(workdir: Path | None = None, folder: Path | None = None, subnet: str 
     raise UserError(f"--subnet={subnet} is of a run, --workdir; --folder holds one network")
   module, variables = load(folder)
   read = tokenizer(folder) if (pathlib.Path(folder) / "tokenizer.json").exists() else BYTES
-  return _checked(Writer(module, variables, read), folder)
+  writer = _checked(Writer(module, variables, read, special=True), folder)
+  # One that the network does not know it never writes.
+  known = tuple(token for token in end_tokens(folder) if 0 <= token < writer.module.vocab)
+  return dataclasses.replace(writer, ends=known)
 
 
 def _checked(writer: Writer, where: Path) -> Writer:
@@ -196,7 +211,7 @@ def generate_run(writer: Writer, texts: Sequence[str], *, held_out: int | None =
   if not texts and held_out is None:
     raise UserError("no prompts; give --prompt, --prompts=FILE, or --held_out=N with --draft")
   ends = writer.stop(stop)
-  tokens: list[Tokens] = [writer.tokens(text) for text in texts]
+  tokens: list[Tokens] = [writer.prompt(text) for text in texts]
   if held_out is not None:
     tokens += writer.held_out(held_out, prompt_tokens)
   # All of them first, so that a wrong one is told before others are measured.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
 import re
 import runpy
+import shutil
 import sys
 import warnings
 
@@ -97,6 +99,48 @@ def test_rows_are_written_in_batches(command, folder, monkeypatch):
   code, out, err = command(f"--folder={folder}", *(f"--prompt={c}" for c in "abc"), "--max_new_tokens=2",
                            "--batch_size=2")
   assert (code, out, sizes) == (0, "[1] add\n[2] bdd\n[3] cdd\n", [2, 1]), err
+
+
+@pytest.mark.parametrize("name, value", [
+  ("config.json", 100), ("generation_config.json", 100), ("generation_config.json", [999, 7, 100])])
+def test_what_a_folder_names_as_an_end_ends_a_text(command, folder, tmp_path, name, value):
+  shutil.copytree(folder, tmp_path / "out")
+  file = tmp_path / "out" / name
+  config = json.loads(file.read_text()) if file.exists() else {}
+  file.write_text(json.dumps(config | {"eos_token_id": value}))
+  code, out, err = command(f"--folder={tmp_path}/out", f"--prompt={PROMPT}", "--max_new_tokens=4")
+  assert (code, out) == (0, f"{PROMPT}\n"), err
+  file.write_text(json.dumps(config | {"eos_token_id": "d"}))
+  code, out, err = command(f"--folder={tmp_path}/out", f"--prompt={PROMPT}", "--max_new_tokens=4")
+  assert code == 2 and f"{name}: eos_token_id='d'; allowed is a token's number" in err
+
+
+def test_prompts_of_a_folder_alone_get_special_tokens():
+  begun = dataclasses.replace(BYTES, encode_prompts=lambda texts: [np.array([1, *text]) for text in texts])
+  of_run = generate_run.Writer(MODEL, {}, begun)
+  of_folder = dataclasses.replace(of_run, special=True)
+  assert (of_run.prompt("ab"), of_folder.prompt("ab")) == ([97, 98], [1, 97, 98])
+  assert of_folder.stop(["b"]) == [0, 98]
+  assert dataclasses.replace(of_folder, tokenizer=BYTES).prompt("ab") == [97, 98]
+
+
+@pytest.mark.interop
+def test_prompts_of_a_folder_are_those_of_transformers(folder, tmp_path, monkeypatch):
+  import tokenizers
+  import transformers
+  from tokenizers import models, pre_tokenizers, processors
+
+  shutil.copytree(folder, tmp_path / "out")
+  made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "ab": 5, "c": 6}, unk_token="c"))
+  made.pre_tokenizer = pre_tokenizers.Whitespace()
+  made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+  made.save(str(tmp_path / "out" / "tokenizer.json"))
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "out" / "tokenizer.json"))
+  seen = []
+  monkeypatch.setattr(generate_run, "generate", lambda module, variables, prompts, **options: (
+    seen.extend(prompts), [[1] for _ in prompts])[1])
+  assert generate_run.generate_run(generate_run.opened(folder=tmp_path / "out"), ["c ab", ""])[0] == ["", ""]
+  assert seen == [theirs(text)["input_ids"] for text in ("c ab", "")] == [[0, 6, 5], [0]]
 
 
 @pytest.mark.parametrize("arguments, words", [

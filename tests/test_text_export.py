@@ -53,6 +53,9 @@ def test_a_member_is_extracted_verified_and_trained_on(workdir, tmp_path):
   assert {f"| parent: run | {workdir} |", "| parent: step | 2 |", "| recipe: name | truncate |",
           "| subnet | mlp=16 |"} <= set(page)
   assert json.loads((tmp_path / "out" / "nestnet.json").read_text())["costs_and_metrics"] == row
+  # Bytes, and what ends a document of the run.
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+  assert "| tokens | bytes; 0 ends a text |" in page
   module, variables = nestnet.load(tmp_path / "out")
   assert (module.mlp, module.context, str(np.dtype(module.param_dtype))) == (16, 32, "float32")
   fields = hugging_face.model_fields(tmp_path / "out")

@@ -232,7 +232,8 @@ def _tokens(name: str, documents: Sequence[Mapping[str, Any]], tokenizer: Tokeni
   if folder is None:
     parts, counts = zip(*_stream(name, documents, tokenizer, smallest))
     return np.concatenate(parts), sum(counts)
-  key = hashlib.sha256(f"{name} {len(documents)} {tokenizer.sha256}".encode()).hexdigest()[:16]
+  made_by = f"{name} {len(documents)} {tokenizer.sha256} {tokenizer.end}"
+  key = hashlib.sha256(made_by.encode()).hexdigest()[:16]
   file = folder / f"{name.replace('/', '_')}_{key}.tokens"
   record = file.with_suffix(".json")
   # Written last: where it stands, the tokens are whole.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,8 @@ class Tokenizer:
     encode: From a list of documents (UTF-8) to their tokens, an integer array each, without `end`.
     decode: From tokens to text.
     sha256: Of its file; empty for bytes.
+    encode_prompts: As `encode`, with the special tokens that its file puts around a text, such as one that
+      begins it; None where it has none.
   """
 
   name: str
@@ -37,6 +40,7 @@ class Tokenizer:
   encode: Callable[[Sequence[bytes]], list[np.ndarray]]
   decode: Callable[[Sequence[int]], str]
   sha256: str = ""
+  encode_prompts: Callable[[Sequence[bytes]], list[np.ndarray]] | None = None
 
 
 # No source code holds the byte 0, and hardly any text.
@@ -84,8 +88,8 @@ def tokenizer(path: str | os.PathLike[str] = "") -> Tokenizer:
   made.no_padding()
   made.no_truncation()
 
-  def encode(texts: Sequence[bytes]) -> list[np.ndarray]:
-    found = made.encode_batch([text.decode("utf-8", "replace") for text in texts], add_special_tokens=False)
+  def encode(texts: Sequence[bytes], special: bool = False) -> list[np.ndarray]:
+    found = made.encode_batch([text.decode("utf-8", "replace") for text in texts], add_special_tokens=special)
     return [np.array(one.ids, np.int64) for one in found]
 
   def decode(tokens: Sequence[int]) -> str:
@@ -93,7 +97,7 @@ def tokenizer(path: str | os.PathLike[str] = "") -> Tokenizer:
 
   known = made.get_vocab(with_added_tokens=True)
   return Tokenizer(str(file), max(known.values()) + 1, known[_end(file, known)], encode, decode,
-                   hashlib.sha256(content).hexdigest())
+                   hashlib.sha256(content).hexdigest(), functools.partial(encode, special=True))
 
 
 def _end(file: pathlib.Path, known: dict[str, int]) -> str:

@@ -115,6 +115,28 @@ def model_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
   return {"name": "Decoder", **fields_of(_config(folder), str(folder))}
 
 
+def end_tokens(folder: str | os.PathLike[str]) -> list[int]:
+  """The tokens that end a text, as `generation_config.json` and `config.json` of a folder name them.
+
+  Raises:
+    ValueError: A file is damaged, or names something else than tokens.
+  """
+  found = []
+  for name in ("generation_config.json", "config.json"):
+    path = pathlib.Path(folder) / name
+    if not path.is_file():
+      continue
+    try:
+      value = dict(json.loads(path.read_text())).get("eos_token_id")
+    except (OSError, ValueError, TypeError) as error:
+      raise UserError(f"{path} is damaged: {error}") from error
+    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in tokens):
+      raise UserError(f"{path}: eos_token_id={value!r}; allowed is a token's number, or a list of them")
+    found += tokens
+  return list(dict.fromkeys(found))
+
+
 def _opened(folder: str | os.PathLike[str]) -> tuple[Decoder, list[pathlib.Path], dict[str, Place]]:
   """The network of a folder, its files, and where each tensor goes; what is in the files is checked."""
   folder = pathlib.Path(folder)
@@ -203,7 +225,8 @@ def write_folder(folder: str | os.PathLike[str], module: nn.Module, variables: M
     module: A `Decoder` whose layers are of one size.
     variables: Its variables, of which `params` are written.
     tokenizer_from: A folder whose tokenizer, generation config and special tokens are taken over; or a
-      `tokenizer.json`.
+      `tokenizer.json`. Where no end of texts is named there, it is that of `nestnet.data.tokenizer`. None:
+      the 256 tokens of a network that has so many are bytes, and 0 ends a text.
     card: What the card and `nestnet.json` say: parent, recipe, sub-network, costs, metrics.
     check: As in `nestnet.save`.
     member: Which sub-network it is; with `space`, to say which others are near where it is refused.
@@ -212,7 +235,8 @@ def write_folder(folder: str | os.PathLike[str], module: nn.Module, variables: M
 
   Raises:
     ValueError: The network is no decoder, or `transformers` has none with such sizes; or the variables are
-      not its own; or `folder` holds something else than an extracted network.
+      not its own; or `folder` holds something else than an extracted network; or the tokenizer has no end
+      of texts, or one that the network lacks.
     FileNotFoundError: There is no tokenizer in `tokenizer_from`.
   """
   folder = pathlib.Path(folder)
@@ -226,16 +250,19 @@ def write_folder(folder: str | os.PathLike[str], module: nn.Module, variables: M
   if dtype not in map(jnp.dtype, _TYPES.values()):
     raise UserError(f"the weights are {dtype}; allowed are float32, float16 and bfloat16")
   config, copied = config_of(module, str(dtype)), _copied(tokenizer_from)
-  config |= _tokens(tokenizer_from)
+  config |= _tokens(tokenizer_from, module.vocab)
+  end = config["eos_token_id"]
+  said = {"tokens": f"bytes; {end} ends a text"} if _bytes(tokenizer_from, module.vocab) else {}
   check_replaceable(folder)
   with atomic_folder(folder) as hidden:
     (hidden / "config.json").write_text(_dumped(config))
     (hidden / PROVENANCE).write_text(_dumped({"format": "hugging_face", **(card or {})}))
     count = sum(leaf.size for leaf in leaves.values())
-    (hidden / "README.md").write_text(card_text(config, count, card or {}))
+    (hidden / "README.md").write_text(card_text(config, count, said | dict(card or {})))
     _write_tensors(hidden, places(module), leaves, shard_bytes)
     for name, path in copied.items():
       shutil.copyfile(path, hidden / name)
+    _end_generation(hidden / "generation_config.json", end)
     if check:
       check(hidden)
 
@@ -287,12 +314,42 @@ def _copied(source: str | os.PathLike[str] | None) -> dict[str, pathlib.Path]:
   return found
 
 
-def _tokens(source: str | os.PathLike[str] | None) -> dict[str, Any]:
-  """The special tokens that the config of a parent names."""
-  if source is None or not is_folder(source):
-    return {}
-  config = _config(pathlib.Path(source))
-  return {key: config[key] for key in _TOKENS if key in config}
+def _tokens(source: str | os.PathLike[str] | None, vocab: int) -> dict[str, Any]:
+  """The special tokens that the config of a parent names, and the tokenizer's end where it names none."""
+  config = _config(pathlib.Path(source)) if source is not None and is_folder(source) else {}
+  found = {key: config[key] for key in _TOKENS if key in config}
+  return found if found.get("eos_token_id") is not None else found | {"eos_token_id": _end(source, vocab)}
+
+
+def _bytes(source: str | os.PathLike[str] | None, vocab: int) -> bool:
+  """Whether tokens are bytes: those of a network that has so many, and no tokenizer."""
+  # Data sets take long to import.
+  from nestnet.data.tokenization import BYTES
+  return source is None and vocab == BYTES.vocab
+
+
+def _end(source: str | os.PathLike[str] | None, vocab: int) -> int | None:
+  """The token that ends a text; None where nothing says which."""
+  from nestnet.data.tokenization import BYTES, tokenizer
+  if source is None:
+    return BYTES.end if _bytes(source, vocab) else None
+  if pathlib.Path(source).is_dir() and not (pathlib.Path(source) / "tokenizer.json").is_file():
+    return None
+  made = tokenizer(source)
+  if made.end >= vocab:
+    raise UserError(f"the tokenizer {made.name} ends a text with token {made.end}; allowed is one of the "
+                    f"network's, 0 to {vocab - 1}")
+  return made.end
+
+
+def _end_generation(file: pathlib.Path, end: int | list[int] | None) -> None:
+  """Names the end of texts in a generation config that names none: `transformers` looks nowhere else."""
+  try:
+    content = json.loads(file.read_text())
+  except (OSError, ValueError):
+    return
+  if isinstance(content, dict) and content.get("eos_token_id") is None and end is not None:
+    file.write_text(_dumped(content | {"eos_token_id": end}))
 
 
 def _write_tensors(folder: pathlib.Path, found: Mapping[str, Place], leaves: Mapping[tuple[str, ...], Any],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -113,6 +114,14 @@ def test_bytes_of_windows_add_up_to_those_of_the_documents():
   np.testing.assert_allclose(found["bytes"] / (found["tokens"][:, 1:] >= 0).sum(1), 26 / 14)
   own = text("t", {"train": documents}, 5, BYTES).split("train").evaluated(np.arange(3))
   assert own["bytes"].tolist() == [5, 5, 5]
+
+
+def test_kept_tokens_are_those_of_the_end_token(tmp_path):
+  documents = {"train": [{"text": "abcd"}]}
+  for end in (0, 1, 0):
+    other = dataclasses.replace(BYTES, end=end)
+    tokens = text("t", documents, 2, other, tmp_path).split("train").tokens
+    assert tokens.tolist() == [end, *b"abcd", end]
 
 
 @pytest.mark.parametrize("step", [0, 9])
@@ -245,6 +254,22 @@ def test_a_tokenizer_without_its_library_says_so(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
   with pytest.raises(UserError, match="needs the library tokenizers, which is not here: pip install"):
     tokenizer(tmp_path)
+
+
+@pytest.mark.interop
+def test_special_tokens_stand_around_prompts_alone(tmp_path):
+  import tokenizers
+  from tokenizers import models, pre_tokenizers, processors
+
+  made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "ab": 2, "c": 3}))
+  made.pre_tokenizer = pre_tokenizers.Whitespace()
+  made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+  made.save(str(tmp_path / "tokenizer.json"))
+  found, texts = tokenizer(tmp_path), [b"c ab", b""]
+  assert [tokens.tolist() for tokens in found.encode(texts)] == [[3, 2], []]
+  assert [tokens.tolist() for tokens in found.encode_prompts(texts)] == [[0, 3, 2], [0]]
+  dataset = text("t", {"train": [{"text": "c ab"}]}, 2, found)
+  assert dataset.split("train").tokens.tolist() == [1, 3, 2, 1]
 
 
 @pytest.mark.interop

@@ -345,6 +345,43 @@ def test_what_a_folder_says_of_itself(tmp_path):
   assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
+def test_a_folder_of_bytes_says_so_and_ends_texts(tmp_path):
+  module = MODULE.clone(vocab=256)
+  hugging_face.write_folder(tmp_path / "out", module, randomised(module))
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 0
+  assert "| tokens | bytes; 0 ends a text |" in (tmp_path / "out" / "README.md").read_text().splitlines()
+  assert hugging_face.end_tokens(tmp_path / "out") == [0]
+  hugging_face.write_folder(tmp_path / "out", MODULE, randomised(MODULE))
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] is None
+  assert "| tokens |" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("config, end", [
+  (None, 3), ({"eos_token_id": None}, 3), ({"eos_token_id": [4, 5]}, [4, 5])])
+def test_the_end_of_a_tokenizer_is_written_where_no_config_names_one(tmp_path, config, end):
+  import tokenizers
+
+  parent = tmp_path / "parent"
+  parent.mkdir()
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1, "stop": 3, "far": 32}))
+  made.save(str(parent / "tokenizer.json"))
+  (parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": "stop"}))
+  (parent / "generation_config.json").write_text(json.dumps({"top_k": 2}))
+  if config is not None:
+    (parent / "config.json").write_text(json.dumps(LLAMA | config))
+  write = lambda: hugging_face.write_folder(
+    tmp_path / "out", MODULE, randomised(MODULE), tokenizer_from=parent)
+  write()
+  read = lambda name: json.loads((tmp_path / "out" / name).read_text())
+  assert read("config.json")["eos_token_id"] == end
+  assert read("generation_config.json") == {"top_k": 2, "eos_token_id": end}
+  (parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": "far"}))
+  if end == 3:
+    with pytest.raises(UserError, match="ends a text with token 32; allowed is one of .* 0 to 31"):
+      write()
+
+
 def test_load_asks_for_the_class_where_one_is_given(folder):
   assert nestnet.load(folder, Decoder)[0] == MODULE
   with pytest.raises(UserError, match="out holds a Decoder, got the class ViT"):
