@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from flax.core import meta
 
 from nestnet import Subnet, extract
+from nestnet.errors import UserError
 from nestnet.generate import DRAFT, DRAW, Differences, differences, filtered, generate, sampling
 from nestnet.models.decoder import Decoder
 from nestnet.timing import compilations
@@ -162,7 +164,25 @@ def test_first_differences_are_ties_or_not(variables, alone):
   ([[1]], {"temperature": float("nan")}, "temperature: got nan"),
   ([[1]], {"top_k": 0}, "top_k: got 0"),
   ([[1]], {"top_p": 1.5}, "top_p: got 1.5"),
-  ([[1]], {"max_new_tokens": 0}, "max_new_tokens: got 0")])
+  ([[1]], {"max_new_tokens": 0}, "max_new_tokens: got 0"),
+  ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: got 2.5, allowed is a whole number"),
+  ([[1], [2, 1.5]], {}, "prompt 2: got 1.5, allowed is a whole number"),
+  ([1, 2], {}, "prompt 1: got 1, allowed is a list of tokens"),
+  ([[1]], {"stop": 3}, "stop: got 3, allowed is a list of tokens"),
+  ([[1]], {"top_k": 2.5, "temperature": 1.0}, "top_k: got 2.5, allowed is a whole number"),
+  ([[1]], {"seed": 0.5}, "seed: got 0.5, allowed is a whole number")])
 def test_what_is_wrong_is_said(variables, prompts, options, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     generate(MODEL, variables, prompts, **{"max_new_tokens": NEW, **options})
+
+
+@pytest.mark.parametrize("module, change, message", [
+  (nn.Dense(3), dict, "module: got Dense, without vocab, context, .*; allowed is a decoder"),
+  (Decoder, dict, "module: got the class Decoder.*; allowed is a decoder"),
+  (MODEL, lambda variables: variables["params"], "variables: got .*embedding.*; allowed is a mapping"),
+  (MODEL, lambda variables: {"params": {}}, "variables: not those of this Decoder: .* missing"),
+  (MODEL.clone(mlp=16), dict,
+   r"3 of another shape\n.*blocks/mlp/down/kernel: got \[2, 32, 16\], allowed is \[2, 16, 16\]")])
+def test_networks_and_variables_that_do_not_fit_are_said(variables, module, change, message):
+  with pytest.raises(UserError, match=message):
+    generate(module, change(variables), [[1]], max_new_tokens=1)

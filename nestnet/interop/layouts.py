@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from nestnet.axes import Axes, abstract_variables
 from nestnet.errors import UserError
+from nestnet.models import rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,26 @@ FIELDS = {
   "kv_heads": "num_key_value_heads", "mlp": "intermediate_size", "vocab": "vocab_size",
   "head_dim": "head_dim", "tied": "tie_word_embeddings", "attention_bias": "attention_bias",
   "norm_eps": "rms_norm_eps", "context": "max_position_embeddings"}
-_SIZES = ("layers", "embed", "heads", "kv_heads", "mlp", "vocab", "head_dim", "context")
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 _DEFAULTS = {"tie_word_embeddings": False, "attention_bias": False, "rms_norm_eps": 1e-6}
+
+# What values of `config.json` may be: in words, and how to tell.
+_Kind = tuple[str, Callable[[Any], bool]]
+_COUNT: _Kind = ("a whole number of at least 1", lambda value: type(value) is int and value >= 1)
+_WHOLE: _Kind = ("a whole number", lambda value: type(value) is int)
+_NUMBER: _Kind = ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+_SMALL: _Kind = ("a number of at least 0",
+                 lambda value: type(value) in (int, float) and 0 <= value < math.inf)
+_FLAG: _Kind = ("true or false", lambda value: type(value) is bool)
+_OBJECT: _Kind = ("an object, such as {}", lambda value: isinstance(value, Mapping))
+_WORDS: _Kind = ("a list of strings", lambda value: isinstance(value, (list, tuple))
+                 and all(isinstance(word, str) for word in value))
+_KINDS = {
+  "architectures": _WORDS, "num_hidden_layers": _COUNT, "hidden_size": _COUNT, "num_attention_heads": _COUNT,
+  "num_key_value_heads": _COUNT, "intermediate_size": _COUNT, "vocab_size": _COUNT, "head_dim": _COUNT,
+  "max_position_embeddings": _COUNT, "tie_word_embeddings": _FLAG, "attention_bias": _FLAG, "mlp_bias": _FLAG,
+  "rms_norm_eps": _SMALL, "rope_theta": _NUMBER, "rope_scaling": _OBJECT, "rope_parameters": _OBJECT,
+  "layer_types": _WORDS, "sliding_window": _WHOLE, "use_sliding_window": _FLAG, "max_window_layers": _WHOLE}
 # Keys of each kind of rotary positions, beside `rope_type`.
 ROPES = {"default": (), "linear": ("factor",), "llama3": (
   "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -180,8 +198,10 @@ def fields_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
   Raises:
     ValueError: The architecture is none of `LAYOUTS`; or it has a part that `Decoder` has not, such as a
-      sliding window in use, another activation or another kind of rotary positions; or keys are missing.
+      sliding window in use, another activation or another kind of rotary positions; or keys are missing, or
+      values are not of their kind.
   """
+  _check_kinds(config, where)
   layout = _layout_of(config, where)
   missing = [key for key in _REQUIRED if config.get(key) is None]
   if missing:
@@ -192,11 +212,6 @@ def fields_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   for key, derive in _DERIVED.items():
     if config.get(key) is None:
       config[key] = derive(config)
-  for field in _SIZES:
-    value = config[FIELDS[field]]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise UserError(f"{where}/config.json: {FIELDS[field]}={value!r}; allowed is a whole number of at "
-                      "least 1")
   if problems := list(_unsupported(config, layout)):
     raise UserError(f"{where}/config.json: {'; '.join(problems)}")
   theta, scaling = _rope_of(config, where)
@@ -209,6 +224,14 @@ def fields_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 _DERIVED = {
   "num_key_value_heads": lambda config: config["num_attention_heads"],
   "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"]}
+
+
+def _check_kinds(config: Mapping[str, Any], where: str) -> None:
+  """Raises `ValueError` where values are not of their kinds; a key that is null says nothing."""
+  wrong = [f"{key}={config[key]!r}; allowed is {words}" for key, (words, fits) in _KINDS.items()
+           if config.get(key) is not None and not fits(config[key])]
+  if wrong:
+    raise UserError(f"{where}/config.json: {'; '.join(wrong)}")
 
 
 def _layout_of(config: Mapping[str, Any], where: str) -> Layout:
@@ -256,27 +279,25 @@ def _window(config: Mapping[str, Any], layout: Layout) -> str:
 def _rope_of(config: Mapping[str, Any], where: str) -> tuple[float, tuple[tuple[str, Any], ...] | None]:
   """Base and scaling of rotary positions: `rope_parameters`, or as written before transformers 5."""
   rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-  theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+  _check_kinds({"rope_theta": rope.get("rope_theta")}, where)
+  theta = float(rope.get("rope_theta") or config.get("rope_theta", 10000.0))
   kind = rope.get("rope_type", rope.get("type", "default"))
-  said = f"{where}/config.json: rope_type={kind!r}"
-  if kind not in ROPES or any(isinstance(value, Mapping) for value in rope.values()):
-    raise UserError((said if kind not in ROPES else f"{where}/config.json: rope_parameters by kind of layer")
+  if (unknown := kind not in tuple(ROPES)) or any(isinstance(value, Mapping) for value in rope.values()):
+    raise UserError(f"{where}/config.json: "
+                    + (f"rope_type={kind!r}" if unknown else "rope_parameters by kind of layer")
                     + f"; supported are {', '.join(ROPES)}, the same in all layers")
   if (part := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) not in (1, None):
     raise UserError(f"{where}/config.json: partial_rotary_factor={part}; supported is 1")
-  if not isinstance(theta, (int, float)) or theta <= 0:
-    raise UserError(f"{where}/config.json: rope_theta={theta!r}; allowed is a number above 0")
   if kind == "default":
-    return float(theta), None
+    return theta, None
   original = "original_max_position_embeddings"
   rope = {original: config["max_position_embeddings"]} | rope
   if original in config:
     rope[original] = config[original]
-  values = {key: rope.get(key) for key in ROPES[kind]}
-  wrong = [key for key, value in values.items() if not isinstance(value, (int, float)) or value <= 0]
-  if wrong:
-    raise UserError(f"{said}: {wrong[0]}={values[wrong[0]]!r}; allowed is a number above 0")
-  return float(theta), tuple(sorted((values | {"rope_type": kind}).items()))
+  try:
+    return theta, rotary.scaling({"rope_type": kind} | {key: rope.get(key) for key in ROPES[kind]})
+  except UserError as error:
+    raise UserError(f"{where}/config.json: {error}") from error
 
 
 def config_of(module: nn.Module, dtype: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,22 +27,34 @@ def scaling(given: Mapping[str, Any] | Scaling | None) -> Scaling | None:
       or `"llama3"` (2407.21783: long waves times `factor`, short ones as they are), and its numbers.
 
   Raises:
-    ValueError: An unknown type, or another set of numbers than the type has.
+    ValueError: An unknown type, another set of numbers than the type has, or numbers out of range.
 
   Example:
     >>> scaling({"rope_type": "linear", "factor": 2.0})
     (('factor', 2.0), ('rope_type', 'linear'))
   """
-  values = dict(given or {})
+  try:
+    values = dict(given or {})
+  except (TypeError, ValueError):
+    raise UserError(f"rope_scaling: got {given!r}; allowed is a mapping, or pairs") from None
   if not values:
     return None
   kind = values.get("rope_type")
-  if kind not in _NEEDS:
+  if kind not in tuple(_NEEDS):
     raise one_of("rope_type of rope_scaling", kind, _NEEDS)
   if {*values} - {"rope_type"} != {*_NEEDS[kind]}:
-    raise UserError(f"rope_scaling of type {kind}: got {', '.join(sorted(values))}; "
+    raise UserError(f"rope_scaling of type {kind}: got {', '.join(sorted(map(str, values)))}; "
                     f"allowed are rope_type, {', '.join(_NEEDS[kind])}")
+  if wrong := [f"{key}={values[key]!r}" for key in _NEEDS[kind] if not _positive(values[key])]:
+    raise UserError(f"rope_scaling of type {kind}: {', '.join(wrong)}; allowed is a number above 0")
+  if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+    raise UserError(f"rope_scaling of type llama3: high_freq_factor={values['high_freq_factor']}; allowed is "
+                    f"a number above low_freq_factor={values['low_freq_factor']}")
   return tuple(sorted(values.items()))
+
+
+def _positive(value: Any) -> bool:
+  return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def frequencies(head_dim: int, theta: float, given: Scaling | None = None) -> np.ndarray:

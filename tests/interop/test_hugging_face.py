@@ -178,6 +178,27 @@ def test_what_a_decoder_has_not_is_refused(tmp_path, changes, message):
     hugging_face.read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("changes, message", [
+  ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM'; allowed is a list of strings"),
+  ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0; allowed is a whole number"),
+  ({"vocab_size": True}, "vocab_size=True; allowed is a whole number"),
+  ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'; allowed is a number"),
+  ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan; allowed is a number"),
+  ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'; allowed is true or false"),
+  ({"mlp_bias": "false"}, "mlp_bias='false'; allowed is true or false"),
+  ({"layer_types": 3}, "layer_types=3; allowed is a list of strings"),
+  ({"sliding_window": "3"}, "sliding_window='3'; allowed is a whole number"),
+  ({"rope_scaling": [1]}, r"rope_scaling=\[1\]; allowed is an object"),
+  ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_type=\['linear'\]; supported are"),
+  ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta='big'; allowed is"),
+  ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+   "high_freq_factor=1.0; allowed is a number above low_freq_factor=1.0"),
+  ({"hidden_size": "16", "vocab_size": 3.5}, "hidden_size='16'; .*; vocab_size=3.5; allowed is")])
+def test_values_of_another_kind_are_said_by_their_keys(changes, message):
+  with pytest.raises(UserError, match=f"^here/config.json: (rope_scaling of type llama3: )?{message}"):
+    fields_of(LLAMA | changes, "here")
+
+
 def test_sizes_that_no_network_has_are_said_of_the_config(folder):
   config = json.loads((folder / "config.json").read_text())
   (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 3}))

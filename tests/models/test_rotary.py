@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nestnet.errors import UserError
 from nestnet.models.rotary import frequencies, rotate, scaling
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -38,3 +39,15 @@ def test_scaling_is_pairs_in_order_and_none_where_there_is_none():
   assert scaling(None) is scaling({}) is None
   with pytest.raises(ValueError, match="type llama3: got extra, .*allowed are rope_type, factor, high_freq"):
     scaling(LLAMA3 | {"extra": 1})
+
+
+@pytest.mark.parametrize("given, message", [
+  ([1], r"rope_scaling: got \[1\]; allowed is a mapping"),
+  ({"rope_type": ["linear"], "factor": 2.0}, "unknown rope_type"),
+  (LLAMA3 | {"factor": "8"}, "factor='8'; allowed is a number above 0"),
+  (LLAMA3 | {"factor": True}, "factor=True; allowed is a number above 0"),
+  ({"rope_type": "linear", "factor": 0}, "factor=0; allowed is a number above 0"),
+  (LLAMA3 | {"low_freq_factor": 4.0}, "high_freq_factor=4.0; allowed is a number above low_freq_factor=4.0")])
+def test_what_is_no_scaling_is_said(given, message):
+  with pytest.raises(UserError, match=message):
+    scaling(given)
