@@ -129,7 +129,7 @@ def test_agreement_is_shown_and_not_kept(finished):
 def test_runs_whose_texts_cannot_be_compared_are_said(finished, monkeypatch):
   run, step, state = runs.opened(finished)
   text = dataclasses.replace(run.dataset, hashes={"tokenizer_sha256": "another"})
-  vit = {"name": "ViT", "layers": 1, "embed": 8, "heads": 2, "mlp": 16, "patch": 4}
+  vit = {"name": "ViT", "layers": 2, "embed": 8, "heads": 2, "mlp": 16, "patch": 4}
   images = config() | {"model": vit, "recipe": recipes.recipe("truncate"), "data": {"name": "digits"}}
   longer = config() | {"data": config()["data"] | {"length": 16}}
   short = config() | {"model": config()["model"] | {"context": 8}}
