@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from nestnet import evaluation, processes, runs
 from nestnet.build import Run
+from nestnet.decoder_checks import unpadded
 from nestnet.errors import UserError
 from nestnet.evaluators.consistency import Pair, consistency
 from nestnet.evaluators.language_modelling import BATCH
-from nestnet.generate import unpadded
 from nestnet.logs import Progress
 from nestnet.models.decoder import Decoder
 from nestnet.sharding import local

@@ -14,8 +14,9 @@ import flax.linen as nn
 from nestnet import runs
 from nestnet.data.text import Windows
 from nestnet.data.tokenization import BYTES, Tokenizer, tokenizer
+from nestnet.decoder_checks import Tokens
 from nestnet.errors import MissingFileError, UserError
-from nestnet.generate import TIE, Tokens, batches, generate
+from nestnet.generate import TIE, batches, generate
 from nestnet.interop.folder import load
 from nestnet.interop.hugging_face import end_tokens
 from nestnet.models.decoder import Decoder

@@ -19,9 +19,10 @@ import numpy as np
 
 from nestnet import generate as plain
 from nestnet.axes import abstract_variables, variable_axes
+from nestnet.decoder_checks import Tokens, check_decoder, whole
 from nestnet.errors import UserError
 from nestnet.execution import cut, module_of, sizes_of
-from nestnet.generate import ACCEPT, DRAFT, Differences, Tokens, feed, prefill
+from nestnet.generate import ACCEPT, DRAFT, Differences, feed, prefill
 from nestnet.models.decoder import init_cache
 from nestnet.slicing import take, unrolled_over
 from nestnet.subnet import Subnet
@@ -108,6 +109,7 @@ def speculate(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | P
 
 def _prepared(module, variables, draft, share_cache, groups):
   """What drafts: a module, its variables, and which slice of the target's cache it reads, if it does."""
+  check_decoder(module, variables)
   drafter, small = drafted_by(module, variables, draft, groups)
   if not (leading(module, draft) if share_cache is None else share_cache):
     return drafter, small, None
@@ -125,7 +127,7 @@ def _prepared(module, variables, draft, share_cache, groups):
 
 def _run(module, variables, drafts, prompts, *, draft_tokens, max_new_tokens, temperature=0.0, top_k=None,
          top_p=None, stop=(), seed=0):
-  if draft_tokens < 1:
+  if (draft_tokens := whole(draft_tokens, "draft_tokens")) < 1:
     raise UserError(f"draft_tokens: got {draft_tokens}, allowed is at least 1")
   how, stop = plain.sampling(temperature, top_k, top_p, seed), plain.stops(module, stop)
   drafter, small, shared = drafts

@@ -200,6 +200,7 @@ def test_prompts_of_one_length_share_their_programs(variables):
   (Subnet(kv_heads=1), {}, "draft kv_heads=1 is larger than the target: .*queries"),
   (Subnet(width=4), {}, "'width'"),
   ((MODEL, {}), {"draft_tokens": 0}, "draft_tokens: got 0"),
+  ((MODEL, {}), {"draft_tokens": 2.5}, "draft_tokens: got 2.5, allowed is a whole number"),
   (Subnet(heads=3), {}, "heads=3"),
   ((MODEL.clone(vocab=16), {}), {}, "draft has 16 tokens, the target 32"),
   ((MODEL, {"params": {"kernel": np.zeros(10 ** 6)}}), {}, "draft has 1000000 parameters, the target"),

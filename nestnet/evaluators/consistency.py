@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nestnet.decoder_checks import Tokens, check_tokens, unpadded
 from nestnet.errors import UserError
-from nestnet.generate import Tokens, check_tokens, padded, unpadded
+from nestnet.generate import padded
 
 Pair = tuple[nn.Module, Mapping[str, Any]]
 

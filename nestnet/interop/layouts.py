@@ -80,8 +80,7 @@ _KINDS = {
   "rms_norm_eps": _SMALL, "rope_theta": _NUMBER, "rope_scaling": _OBJECT, "rope_parameters": _OBJECT,
   "layer_types": _WORDS, "sliding_window": _WHOLE, "use_sliding_window": _FLAG, "max_window_layers": _WHOLE}
 # Keys of each kind of rotary positions, beside `rope_type`.
-ROPES = {"default": (), "linear": ("factor",), "llama3": (
-  "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+ROPES = {"default": ()} | rotary.NEEDS
 
 # Paths of our parameters, and Hugging Face's name with the axes of ours. Theirs have two dimensions,
 # all that is produced and all that is contracted, or only the former.

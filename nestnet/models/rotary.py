@@ -14,7 +14,8 @@ import numpy as np
 from nestnet.errors import UserError, one_of
 
 Scaling = tuple[tuple[str, Any], ...]
-_NEEDS = {
+# The numbers of each type.
+NEEDS = {
   "linear": ("factor",),
   "llama3": ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings")}
 
@@ -40,12 +41,12 @@ def scaling(given: Mapping[str, Any] | Scaling | None) -> Scaling | None:
   if not values:
     return None
   kind = values.get("rope_type")
-  if kind not in tuple(_NEEDS):
-    raise one_of("rope_type of rope_scaling", kind, _NEEDS)
-  if {*values} - {"rope_type"} != {*_NEEDS[kind]}:
+  if kind not in tuple(NEEDS):
+    raise one_of("rope_type of rope_scaling", kind, NEEDS)
+  if {*values} - {"rope_type"} != {*NEEDS[kind]}:
     raise UserError(f"rope_scaling of type {kind}: got {', '.join(sorted(map(str, values)))}; "
-                    f"allowed are rope_type, {', '.join(_NEEDS[kind])}")
-  if wrong := [f"{key}={values[key]!r}" for key in _NEEDS[kind] if not _positive(values[key])]:
+                    f"allowed are rope_type, {', '.join(NEEDS[kind])}")
+  if wrong := [f"{key}={values[key]!r}" for key in NEEDS[kind] if not _positive(values[key])]:
     raise UserError(f"rope_scaling of type {kind}: {', '.join(wrong)}; allowed is a number above 0")
   if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
     raise UserError(f"rope_scaling of type llama3: high_freq_factor={values['high_freq_factor']}; allowed is "
