@@ -9,7 +9,7 @@
 `images` is a batch or its shape; `batches` are of training images, 2,000 in all in the authors' code. The
 running averages in the file of a supernet come from all the networks that trained it and are right for
 none, so that evaluators refuse them. The published files are pickles, which nestnet does not read;
-`CONVERT` is the command, run beside PyTorch, that makes a safetensors file of one.
+`nestnet.interop.state_dict.CONVERT` is the command, run beside PyTorch, that makes a safetensors file of one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,24 +25,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nestnet.axes import REST, abstract_variables
-from nestnet.errors import MissingFileError, UserError, counted
+from nestnet.errors import UserError, counted
+from nestnet.interop.state_dict import read
 from nestnet.models.convolution import STATISTICS, borrowed
 from nestnet.models.mobilenet import MobileNet
 from nestnet.models.mobilenet_v3 import MobileNetV3
 from nestnet.models.proxyless_nas import ProxylessNAS
 from nestnet.models.resnet50d import ResNet50D
 from nestnet.subnet import Subnet
-
-CONVERT = (
-  "python -c \"import sys, torch, safetensors.torch as s; f = torch.load(sys.argv[1], map_location='cpu', "
-  "weights_only=True); s.save_file({k: v.clone().contiguous() for k, v in f.get('state_dict', f).items()}, "
-  "sys.argv[2])\" PUBLISHED OUT.safetensors")
 
 PUBLISHED = (MobileNetV3, ProxylessNAS, ResNet50D)
 # What their sub-networks have: of a MobileNet, then of a ResNet.
@@ -87,7 +80,7 @@ def load(model: MobileNet | ResNet50D, state: Mapping[str, Any] | str | os.PathL
   """
   _check_published(model)
   if not isinstance(state, Mapping):
-    state = _read(state)
+    state = read(state)
   given = {_short(name): (name, array) for name, array in state.items()
            if not name.endswith("num_batches_tracked")}
   shapes = _shapes(model)
@@ -198,22 +191,6 @@ def _allowed(place: tuple[str, Any], allowed: Sequence[Any]) -> Any:
   if value not in allowed:
     raise UserError(f"{name}={value}; allowed are {', '.join(map(str, allowed))}")
   return allowed[allowed.index(value)]
-
-
-def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  if not isinstance(path, (str, os.PathLike)):
-    raise UserError(f"state is {path!r}; allowed are a mapping of names to arrays and the path of a "
-                    ".safetensors file")
-  path = pathlib.Path(path)
-  if path.is_dir():
-    raise UserError(f"{path} is a folder; allowed is a .safetensors file")
-  if not path.is_file():
-    raise MissingFileError(f"no file {path}")
-  try:
-    return safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as error:
-    raise UserError(f"{path} is no safetensors file ({error}). This makes one from a published file, where "
-                    f"PyTorch is installed:\n  {CONVERT}") from error
 
 
 def _short(name: str) -> str:

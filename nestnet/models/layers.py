@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.axes import Axes, axes
+from nestnet.models.scaling import scaling_rule
 from nestnet.models.stack import constant
 
 
@@ -27,6 +28,8 @@ class Linear(nn.Module):
     dtype: Of the computation.
     param_dtype: Of the stored parameters.
     use_bias: Whether to add a bias over the produced axes.
+    scaling: What `take` makes of the kernel where it cuts contracted axes: `"none"`, or `"ratio"`
+      (`nestnet.models.scaling.WidthRatio`).
   """
 
   names: str
@@ -34,6 +37,7 @@ class Linear(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   use_bias: bool = True
+  scaling: str = "none"
 
   @nn.compact
   def __call__(self, x):
@@ -43,7 +47,8 @@ class Linear(nn.Module):
     inputs = x.shape[-n:]
     init = nn.initializers.variance_scaling(
       1.0, "fan_in", "truncated_normal", in_axis=range(n), out_axis=range(n, n + len(self.outputs)))
-    kernel = self.param("kernel", axes(init, self.names), inputs + self.outputs, self.param_dtype)
+    rule = scaling_rule(self.scaling, dict(zip(named.names, inputs)))
+    kernel = self.param("kernel", axes(init, self.names, rule), inputs + self.outputs, self.param_dtype)
     fan_in, fan_out = math.prod(inputs), math.prod(self.outputs)
     bias = None
     if self.use_bias:
@@ -144,6 +149,16 @@ def layer_norm(name: str, axis: str = "embed", dtype: Any = jnp.float32,
     epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, name=name,
     scale_init=axes(nn.initializers.ones, f"-> {axis}"),
     bias_init=axes(nn.initializers.zeros, f"-> {axis}"))
+
+
+def layer_scaled(module: nn.Module, y: jax.Array) -> jax.Array:
+  """A residual branch `[..., embed]` with a factor for each channel, which begins at `module.layer_scale`;
+  as it is where that is 0 (LayerScale, 2103.17239)."""
+  if not module.layer_scale:
+    return y
+  init = axes(nn.initializers.constant(module.layer_scale), "-> embed")
+  scale = module.param("layer_scale", init, y.shape[-1:], module.param_dtype).astype(y.dtype)
+  return y * scale.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def residual(module: nn.Module, y: jax.Array, constants: Any, dropout: float, train: bool) -> jax.Array:
