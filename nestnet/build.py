@@ -24,7 +24,7 @@ from nestnet.imports import by_path
 from nestnet.initial import Parent
 from nestnet.interop.folder import make_module, module_fields
 from nestnet.objectives import Objective, objective
-from nestnet.optim import optimizer, schedule
+from nestnet.optim import optimizer, rising, schedule
 from nestnet.options import GROUPS, OF_MODEL, OPTIONAL, PHASE, RATE, REQUIRED, SCHEDULE, TOP, model_class
 from nestnet.sampling import Context, Sampler, on_shards, sampler
 from nestnet.sharding import batch_part, batch_sharding, batch_shards, make_mesh
@@ -169,11 +169,11 @@ def _phases(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.
       _check(merged)
       merged["space"] = stretches.opened(merged["space"], override.get("open") or {})
       settled.append((_transition(override.get("enter")), merged, _rate(merged["optim"], stretch)))
-  for number, ((enter, merged, rate), (steps, _, fresh)) in enumerate(zip(settled, stretched)):
+  for number, ((enter, merged, rate), (steps, stretch, fresh)) in enumerate(zip(settled, stretched)):
     with _in_phase(number, len(overrides), steps):
       if number == 0 and config.get("init_from"):
         enter = _parent(config["init_from"], merged, dataset, enter)
-      step = _step(merged, dataset, mesh, rate, (first, steps), trains)
+      step = _step(merged, dataset, mesh, rate, (first, steps), stretch, trains)
       if step.recipe.teacher == "frozen" and not phases and not enter:
         raise UserError("config.recipe.teacher=frozen: the first phase has nothing trained to freeze; "
                         "put a phase before it, or name the phase's `enter` that sets a teacher, or "
@@ -298,8 +298,9 @@ def _rate(optim: Mapping[str, Any], steps: int) -> optax.Schedule:
 
 
 def _step(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Mesh, rate: optax.Schedule,
-          phase: tuple[int, int], trains: bool) -> Step:
-  """The step of a phase, given its learning rate, and its own first step and number of steps."""
+          phase: tuple[int, int], stretch: int, trains: bool) -> Step:
+  """The step of a phase, given its learning rate, its own first step and number of steps, and how many steps
+  its optimizer makes."""
   recipe, seed = config["recipe"], config.get("seed", 0)
   minimised = _objective(recipe["objective"], dataset)
   supernet = _supernet(config, dataset)
@@ -307,12 +308,12 @@ def _step(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Me
   shards = config["mesh"].get("data", 1) if config["train"].get("per_shard_subnets") else 1
   made = Recipe(
     _sampler(recipe["sampler"], supernet.space, seed, shards, Context(*phase, _cost(supernet))),
-    minimised,
-    **{k: recipe[k] for k in ("teacher", "ema", "select", "judge", "untouched") if k in recipe})
+    minimised, ema=rising(recipe.get("ema", 0.999), recipe.get("ema_end"), *phase),
+    **{k: recipe[k] for k in ("teacher", "hands_out", "select", "judge", "untouched") if k in recipe})
   if optim.get("coupled") and made.untouched == "decay_only":
     raise UserError("config.recipe.untouched=decay_only with config.optim.coupled=True, whose decay is a part of "
                     "the gradient; allowed: untouched of update or freeze, or coupled=False")
-  return Step(supernet, made, optimizer(optim.pop("name"), rate, **optim), mesh, seed,
+  return Step(supernet, made, optimizer(optim.pop("name"), rate, steps=stretch, **optim), mesh, seed,
               config["train"].get("execution", "auto"), config["train"].get("accumulate", 1), trains)
 
 

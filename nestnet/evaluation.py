@@ -103,7 +103,8 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
   share = subnets[jax.process_index()::jax.process_count()]
   progress = Progress(len(share), label="evaluate") if show_progress and processes.first() else None
   rows = []
-  found = _together(task, one, state, share, images, data) if one else (
+  variables = {"params": run.step.weights(state)["model"], **state.fixed}
+  found = _together(task, one, variables, share, images, data) if one else (
     _metrics(task, *member(run.step, state, subnet, images), data, subnet) for subnet in share)
   for subnet, measured in zip(share, found):
     row = {"subnet": str(subnet), **costs(run.supernet, subnet)}
@@ -131,10 +132,9 @@ def _as_data(step: Step, members: int) -> OneProgram | None:
   return one
 
 
-def _together(task: Task, one: OneProgram, state: TrainState, subnets: Sequence[Subnet],
+def _together(task: Task, one: OneProgram, variables: Mapping[str, Any], subnets: Sequence[Subnet],
               images: Sequence[np.ndarray], data: Mapping[str, Any]) -> Iterator[dict[str, float]]:
   """Metrics of each member; so many are calibrated and evaluated at once that memory holds them."""
-  variables = {"params": state.trained["model"], **state.fixed}
   for start in range(0, len(subnets), TOGETHER):
     some = subnets[start:start + TOGETHER]
     # The last ones are filled up, so that one program serves all.

@@ -216,8 +216,13 @@ def member(supernet: Supernet, objective: Objective, objective_axes: Any, traine
     subnet: Which member.
   """
   variables = supernet.cut({"params": trained["model"], **fixed}, subnet)
-  own = take(trained["objective"], objective_axes, subnet, supernet.space.groups, strict=False)
+  own = objective_part(supernet, objective_axes, trained["objective"], subnet)
   return objective.attach(variables, own, subnet)
+
+
+def objective_part(supernet: Supernet, axes: Any, params: Any, subnet: Subnet) -> Any:
+  """What belongs to a sub-network of the parameters of an objective, given their axis names."""
+  return take(params, axes, sizes_of(supernet.model, subnet), supernet.space.groups, strict=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +243,8 @@ class Runnable:
 
 
 def forward(objective: Objective, runnable: Runnable, variables: dict[str, Any],
-            batch: dict[str, Any], rng: jax.Array | None = None) -> Any:
-  """The outputs of one sub-network on a batch; with `rng`, dropout and drop path are on."""
+            batch: dict[str, Any], rng: jax.Array | None = None, teaches: bool = False) -> Any:
+  """The outputs of one sub-network on a batch; with `rng`, dropout and drop path are on; or the teacher's."""
   rngs = None if rng is None else {"dropout": rng}
   if runnable.choice is not None:
     variables = {**variables, CHOICE: runnable.choice}
@@ -248,7 +253,7 @@ def forward(objective: Objective, runnable: Runnable, variables: dict[str, Any],
     inputs = resized(inputs, runnable.subnet)
     return runnable.module.apply(variables, inputs, train=rng is not None, rngs=rngs, **options)
 
-  return objective.forward(apply, batch)
+  return ((teaches and objective.forward_teacher) or objective.forward)(apply, batch)
 
 
 def term_loss(supernet: Supernet, objective: Objective, objective_axes: Any, runnable: Runnable,
@@ -257,7 +262,7 @@ def term_loss(supernet: Supernet, objective: Objective, objective_axes: Any, run
               ) -> tuple[jax.Array, tuple[Any, Any]]:
   """The loss of one sub-network on its slice: `(loss, (outputs, metrics))`."""
   variables = runnable.cut({"params": trained["model"], **fixed})
-  own = take(trained["objective"], objective_axes, runnable.subnet, supernet.space.groups, strict=False)
+  own = objective_part(supernet, objective_axes, trained["objective"], runnable.subnet)
   dropout, noise = jax.random.split(rng)
   outputs = forward(objective, runnable, variables, targets.batch, dropout if regularised else None)
   loss, metrics = objective.loss(own, state, outputs, targets, step, noise)

@@ -16,11 +16,10 @@ from nestnet import cost, evaluation, metrics, provenance, report, runs
 from nestnet.build import Run
 from nestnet.calibrate import average, moments
 from nestnet.errors import Failure, UserError, one_of
-from nestnet.execution import Runnable, resized
+from nestnet.execution import Runnable, objective_part, resized
 from nestnet.interop import hugging_face
 from nestnet.interop.folder import load, save
 from nestnet.models.convolution import STATISTICS
-from nestnet.slicing import take
 from nestnet.steps import TrainState
 from nestnet.subnet import Subnet
 
@@ -122,8 +121,7 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
     **({"init_from": str(run.parent.folder)} if run.parent else {}),
     "space": run.supernet.space.to_json(), "recipe": run.config["recipe"],
     "trained": provenance.trained(run, step), "data": run.config["data"], "costs_and_metrics": row}
-  own = take(state.trained["objective"], run.step.axes["objective"], member,
-             run.supernet.space.groups, strict=False)
+  own = objective_part(run.supernet, run.step.axes["objective"], run.step.weights(state)["objective"], member)
   differences, variables = [], jax.device_get(variables)
   check = lambda folder: differences.append(verify(run, state, member, folder, images))
   if format == "hugging_face":

@@ -26,7 +26,7 @@ from nestnet.objectives.base import Objective, Targets
 from nestnet.one_program import OneProgram
 from nestnet.sampling import FIXED_LIMIT, Member, Sampler, Term
 from nestnet.sharding import gatherer
-from nestnet.slicing import take, used
+from nestnet.slicing import used
 from nestnet.subnet import Subnet
 
 EXECUTIONS = ("auto", "slice", "one_program")
@@ -89,19 +89,19 @@ class Gradients:
     def teach(trained, fixed, state, batch, step):
       whole, largest = self._whole(trained), self._runnable(self.supernet.space.largest)
       variables = largest.cut({"params": whole["model"], **fixed})
-      outputs = execution.forward(self.objective, largest, variables, batch)
+      outputs = execution.forward(self.objective, largest, variables, batch, teaches=True)
       return self.objective.teach(whole["objective"], state, outputs, batch, step)
     return Program("teacher", (self.supernet.space.largest,), jax.jit(teach), teach)
 
   def loss(self, member: Member, term: Term) -> Program:
-    """`f(trained, fixed, state, batch, taught, step, key, index) -> loss`."""
+    """`f(trained, fixed, state, batch, seen, step, key, index) -> loss`."""
     def losses(who, *operands):
       return self._losses(term.regularised, who, *operands)
 
     return self._program("loss", member, term.taught, self._loss, losses, term.regularised)
 
-  def gradient(self, member: Member, term: Term, gives: bool) -> Program:
-    """`f(trained, fixed, state, batch, taught, step, key, index, weight, sums) -> (sums, given,
+  def gradient(self, member: Member, term: Term, gives: str | None) -> Program:
+    """`f(trained, fixed, state, batch, seen, step, key, index, weight, sums) -> (sums, given,
     metrics)`; `sums` is donated."""
     def add(who, *operands):
       return self._add(term.regularised, gives, who, *operands)
@@ -111,9 +111,9 @@ class Gradients:
   def _program(self, kind, member, taught, compiled, function, *options):
     """The program for a member: `compiled(*options, member)`, or that of all, given its vector."""
     members = member if isinstance(member, tuple) else (member,)
-    # A teacher is the largest: a program of its own runs it at the cost of the network alone.
-    teaches = options[1:] == (True,) and member == self.supernet.space.largest
-    if teaches or (self.one is None and isinstance(member, Subnet)):
+    # What gives is the largest: a program of its own runs it at the cost of the network alone.
+    given = len(options) > 1 and options[1] and member == self.supernet.space.largest
+    if given or (self.one is None and isinstance(member, Subnet)):
       return Program(kind, members, compiled(*options, member), functools.partial(function, member), taught)
 
     def computes(*operands):
@@ -135,20 +135,20 @@ class Gradients:
     rows = lambda index: np.stack([self.one.vector(m) for m in member[index[0]]])[:, index[1]]
     return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P("data")), rows)
 
-  def _add(self, regularised: bool, gives: bool, who: Subnet | Runnable | jax.Array, trained, fixed, state,
-           batch, taught, step, key, index, weight, sums):
+  def _add(self, regularised: bool, gives: str | None, who: Subnet | Runnable | jax.Array, trained, fixed,
+           state, batch, seen, step, key, index, weight, sums):
     """Adds one term's weighted gradient and loss to `sums`; not compiled.
 
     Args:
       regularised: Whether dropout and drop path are on.
-      gives: Whether the outputs are kept, as the objective's `teach` leaves them.
+      gives: `"teach"` or `"share"`: the outputs are kept, as that function of the objective leaves them.
       who: A sub-network, or what runs it; or its vector; or `[shards, entries]` vectors, one for each
         data shard.
       trained: `{"model": params, "objective": params}`.
       fixed: The model's other collections.
       state: The objective's untrained state.
       batch: The batch.
-      taught: What the teacher gives, or None.
+      seen: What the teacher gives, or None, and what the first term does.
       step: Number of the step.
       key: The run's key.
       index: Position of the term in the step.
@@ -158,12 +158,12 @@ class Gradients:
     Returns:
       The sums, what is given or None, and the objective's metrics.
     """
-    operands = trained, fixed, state, batch, taught, step, key, index
+    operands = trained, fixed, state, batch, seen, step, key, index
 
     def gradient(runnable, trained, *rest):
       loss = lambda trained: self._term(runnable, regularised, trained, *rest)
       (value, (outputs, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-      given = self._given(who, outputs, trained, *rest) if gives else None
+      given = self._given(gives, who, outputs, trained, *rest) if gives else None
       return (value, metrics, grads), given
 
     (loss, metrics, grads), given = self._over(who, gradient, *operands)
@@ -175,8 +175,8 @@ class Gradients:
 
   def touched(self, trained: Any, who: Subnet | Runnable | jax.Array) -> Any:
     """Which weights a term uses, a tree of booleans."""
-    own = lambda subnet, tree: used(lambda t: take(
-      t, self.axes["objective"], subnet, self.supernet.space.groups, strict=False), tree)
+    own = lambda subnet, tree: used(lambda t: execution.objective_part(
+      self.supernet, self.axes["objective"], t, subnet), tree)
     who = who.subnet if isinstance(who, Runnable) else who
     if isinstance(who, Subnet):
       of_model = used(lambda t: self.supernet.cut({"params": t}, who)["params"], trained["model"])
@@ -203,28 +203,28 @@ class Gradients:
       return self.one.switch(run, who, *operands)
     return self._per_shard(who, run, *operands)
 
-  def _per_shard(self, vectors, run, trained, fixed, state, batch, taught, step, key, index):
+  def _per_shard(self, vectors, run, trained, fixed, state, batch, seen, step, key, index):
     """Each data shard runs the member of its own vector; no collective stands inside a branch."""
     size = len(jax.tree.leaves(batch)[0])
     laid = lambda tree: jax.tree.map(lambda x: P("data") if x.ndim and len(x) == size else P(), tree)
 
-    def local(vectors, shard, key, trained, fixed, state, batch, taught, step, index):
+    def local(vectors, shard, key, trained, fixed, state, batch, seen, step, index):
       key = jax.random.fold_in(key, shard[0])
-      means, given = self.one.switch(run, vectors[0], trained, fixed, state, batch, taught, step, key, index)
+      means, given = self.one.switch(run, vectors[0], trained, fixed, state, batch, seen, step, key, index)
       return jax.lax.pmean(means, "data"), given
 
     shards = jnp.arange(len(vectors))
     return jax.shard_map(
       local, mesh=self.mesh, axis_names={"data"}, check_vma=False,
-      in_specs=(P("data"), P("data"), P(), P(), P(), P(), laid(batch), laid(taught), P(), P()),
+      in_specs=(P("data"), P("data"), P(), P(), P(), P(), laid(batch), laid(seen), P(), P()),
       out_specs=(P(), P("data")),
-    )(vectors, shards, key, trained, fixed, state, batch, taught, step, index)
+    )(vectors, shards, key, trained, fixed, state, batch, seen, step, index)
 
-  def _term(self, runnable, regularised, trained, fixed, state, batch, taught, step, key, index):
+  def _term(self, runnable, regularised, trained, fixed, state, batch, seen, step, key, index):
     rng = jax.random.fold_in(jax.random.fold_in(key, 1 + step), index)
     return execution.term_loss(
       self.supernet, self.objective, self.axes["objective"], runnable, regularised, self._whole(trained),
-      fixed, state, Targets(batch, taught), step, rng)
+      fixed, state, Targets(batch, *seen), step, rng)
 
   def _runnable(self, subnet: Subnet) -> Runnable:
     # Of weights that lie in shares, a layer's are gathered whole, then cut.
@@ -242,14 +242,14 @@ class Gradients:
       leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)
 
-  def _given(self, who, outputs, trained, fixed, state, batch, taught, step, *rest):
+  def _given(self, gives, who, outputs, trained, fixed, state, batch, seen, step, *rest):
     """What is kept of a sub-network's outputs; in the shapes of the largest's where it is data."""
-    own = self._whole(trained)["objective"]
+    own, made = self._whole(trained)["objective"], getattr(self.objective, gives)
 
-    def teach(outputs):
-      return self.objective.teach(own, state, jax.lax.stop_gradient(outputs), batch, step)
+    def keep(outputs):
+      return made(own, state, jax.lax.stop_gradient(outputs), batch, step)
 
-    given = teach(outputs)
+    given = keep(outputs)
     if isinstance(who, (Subnet, Runnable)):
       return given
     largest = self._runnable(self.supernet.space.largest)
@@ -257,9 +257,9 @@ class Gradients:
     def whole(*operands):
       every = self._term(largest, False, *operands)[1][0]
       # A member gives no features where data says how many there are.
-      return teach({name: every[name] for name in outputs} if isinstance(outputs, Mapping) else every)
+      return keep({name: every[name] for name in outputs} if isinstance(outputs, Mapping) else every)
 
-    full = jax.eval_shape(whole, trained, fixed, state, batch, taught, step, *rest)
+    full = jax.eval_shape(whole, trained, fixed, state, batch, seen, step, *rest)
     return jax.tree.map(lambda x, like: jnp.pad(
       x, [(0, n - m) for m, n in zip(x.shape, like.shape)]), given, full)
 

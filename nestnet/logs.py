@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import tensorboardX
 import tqdm
+from absl import logging
 
 from nestnet import metrics
 from nestnet.errors import UserError
@@ -70,6 +71,19 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(
         f"{path}, line {number} is damaged: {error}; remove that line to go on") from error
+
+
+class Warnings:
+  """Says what is wrong when it begins to be so, not at every step."""
+
+  def __init__(self):
+    self._held = False
+
+  def look(self, step: int, text: str) -> None:
+    """Logs `text` unless there was one at the last look; "" is none."""
+    if text and not self._held:
+      logging.warning("step %d: %s", step, text)
+    self._held = bool(text)
 
 
 class Progress:

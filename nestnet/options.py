@@ -14,19 +14,19 @@ from nestnet.imports import by_path
 from nestnet.subnet import INPUTS
 
 # What a schedule may be told beside its rate and its warm-up; the same names as in `optim.schedule`.
-SCHEDULE = {"floor": float, "decay_rate": float, "decay_share": float, "milestones": tuple}
+SCHEDULE = {"floor": float, "decay_rate": float, "decay_share": float, "milestones": tuple, "until": float}
 RATE = {"learning_rate": float, "factor": float, "schedule": str, "warmup_steps": int, "warmup_share": float,
         **SCHEDULE}
 # `model` has the fields of its model too, `space` these as axes.
 GROUPS: dict[str, dict[str, type]] = {
   "model": {"name": str},
   "space": {"couple": dict, "per_layer": tuple, "groups": dict, "constraint": str, "pool": tuple},
-  "recipe": {"name": str, "sampler": dict, "objective": dict, "teacher": str, "ema": float, "select": str,
-             "judge": str, "untouched": str, "subnet": str},
+  "recipe": {"name": str, "sampler": dict, "objective": dict, "teacher": str, "ema": float, "ema_end": float,
+             "hands_out": str, "select": str, "judge": str, "untouched": str, "subnet": str},
   "data": {"name": str, "data_dir": str, "augment": str, "shape": tuple, "classes": int,
            "length": int, "tokenizer": str, "vocab": int, "sha256": str, "tokenizer_sha256": str},
-  "optim": {"name": str, **RATE, "weight_decay": float, "coupled": bool, "clip_norm": float,
-            "clip_value": float, "momentum": float, "b1": float, "b2": float, "epsilon": float},
+  "optim": {"name": str, **RATE, "weight_decay": float, "weight_decay_end": float, "coupled": bool,
+            "layer_decay": float, "multipliers": dict, "clip_norm": float, "clip_value": float, "momentum": float, "b1": float, "b2": float, "epsilon": float},
   "train": {"steps": int, "batch_size": int, "checkpoint_every": int, "log_every": int, "eval_every": int,
             "execution": str, "per_shard_subnets": bool, "accumulate": int},
   "mesh": {"data": int, "fsdp": int, "model": int},

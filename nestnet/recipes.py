@@ -198,6 +198,42 @@ def alphanet() -> dict[str, Any]:
   return _recipe("alphanet", _sandwich()) | {"objective": objective}
 
 
+def poa(n: int = 1) -> dict[str, Any]:
+  """An average of the whole network teaches it and `n` elastic students on several crops, without labels (POA,
+  2408.01031).
+
+  Members are evaluated and extracted from the average. The sampling is that of its ViT and, by its paper, Swin;
+  its code has biases of 2 for Swin, 1 and 2 for ResNets.
+  """
+  objective = {
+    "name": "self_distillation", "prototypes": (8192, 16384, 32768, 65536), "hidden": 2048, "bottleneck": 256,
+    "intact_weight": 0.8, "same_view": 1.0, "pairs": "joint", "koleo": 0.1, "koleo_reduce": "mean",
+    "centering": "sinkhorn", "iterations": 3, "center_momentum": 0.9, "student_temperature": 0.1,
+    "teacher_temperature": 0.07, "warmup_temperature": 0.04, "warmup_steps": 0, "frozen_steps": 0, "patches": 0.0,
+    "patch_delay": 0, "told_after": 200}
+  sampler = {"name": "intact", "n": n, "width_bias": 3.0, "depth_bias": 3.0, "whole_first": True}
+  return _recipe("poa", sampler) | {
+    "objective": objective, "teacher": "ema", "ema": 0.992, "ema_end": 0.9999, "hands_out": "teacher"}
+
+
+def poa_no_same_view() -> dict[str, Any]:
+  """POA without the terms of elastic students against the intact one (an ablation of its table 3)."""
+  made = poa()
+  return made | {"name": "poa_no_same_view", "objective": made["objective"] | {"same_view": 0.0}}
+
+
+def self_distillation(subnet: str = "", name: str = "self_distillation") -> dict[str, Any]:
+  """One network without elastic students: DINO's training (2104.14294) with the heads and terms of POA.
+
+  Args:
+    subnet: Which member of the space; the largest by default.
+    name: `"separate"` and `"truncate"` make it the baseline of that name.
+  """
+  made = poa(n=0)
+  alone = {"subnet": subnet} if subnet or name == "separate" else {}
+  return made | {"name": name, "objective": made["objective"] | {"intact_weight": 1.0, "koleo_reduce": "sum"}} | alone
+
+
 def _sandwich() -> dict[str, Any]:
   return {"name": "sandwich", "random": 2, "candidates": 1, "reduce": "sum", "by": "choices",
           "regularise": "largest", "whole": False}
@@ -223,6 +259,7 @@ RECIPES = {
   "soft": soft, "layerskip": layerskip,
   "ofa": ofa, "compofa": compofa, "rss": rss, "bignas": bignas, "deps": deps,
   "attentive_nas": attentive_nas, "attentive_nas_worst_up": attentive_nas_worst_up, "alphanet": alphanet,
+  "poa": poa, "poa_no_same_view": poa_no_same_view, "self_distillation": self_distillation,
 }
 PHASES = {"ofa": shrinking, "compofa": one_stage, "deps": delayed}
 

@@ -15,6 +15,7 @@ import numpy as np
 from nestnet.attentive import by_bucket
 from nestnet.errors import UserError, one_of
 from nestnet.imports import by_path
+from nestnet.slots import drawn, slots
 from nestnet.space import Space, volume
 from nestnet.subnet import Subnet
 
@@ -100,7 +101,8 @@ def sampler(name: str, space: Space, seed: int = 0, *, context: Context = Contex
     >>> [half.terms(step)[1].weight for step in (100, 105, 110, 139)]
     [0.0, 0.5, 1.0, 1.0]
   """
-  known = {f.__name__: f for f in (largest, sandwich, attentive, uniform, sorted_nested, joint, sampled)}
+  known = {f.__name__: f for f in (
+    largest, sandwich, attentive, uniform, sorted_nested, joint, sampled, intact)}
   if ":" not in name and name not in known:
     raise one_of("sampler", name, (*known, "package.module:function"))
   make = by_path(name, "sampler") if ":" in name else known[name]
@@ -110,9 +112,9 @@ def sampler(name: str, space: Space, seed: int = 0, *, context: Context = Contex
       raise one_of(f"option of the sampler {name}", option, (
         *(o for o in accepted if o != "context"), "whole", "ramp"))
   for option in ("random", "candidates", "n", "buckets", "table"):
-    if options.get(option, 1) < (option != "random"):
-      raise UserError(f"sampler {name}: {option}={options[option]}; allowed is at least "
-                      f"{int(option != 'random')}")
+    least = int(option != "random" and (name, option) != ("intact", "n"))
+    if options.get(option, 1) < least:
+      raise UserError(f"sampler {name}: {option}={options[option]}; allowed is at least {least}")
   if not 0 <= ramp <= 1:
     raise UserError(f"sampler {name}: ramp={ramp}; allowed is a share of the phase, 0 to 1")
   if "context" in accepted:
@@ -294,6 +296,32 @@ def sampled(space: Space, seed: int, *, members: Sequence[str] = (),
     return (Term((granularities[index],)),)
 
   return Sampler(terms)
+
+
+def intact(space: Space, seed: int, *, n: int = 1, width_bias: float = 3.0, depth_bias: float = 3.0,
+           whole_first: bool = True) -> Sampler:
+  """The intact student, then `n` elastic ones, all taught; one elastic one on each data shard in the code of
+  POA (2408.01031, section 3.1 and appendix C.4).
+
+  Args:
+    space: The family.
+    seed: Decides the elastic students together with the step.
+    n: How many; their losses are averaged. 0: the intact one alone (self-distillation without nesting).
+    width_bias: How much more often the narrowest is drawn than the widest, as in `nestnet.slots.slots`.
+    depth_bias: The same of the shallowest; 1 and 1: uniform.
+    whole_first: Whether the intact student trains too (not in the ablation V2 of the paper).
+  """
+  listed = slots(space, width_bias, depth_bias) if n else ()
+  whole = (Term((space.largest,), taught=True),) * whole_first
+  if not n and not whole_first:
+    raise UserError("sampler intact: n=0 and whole_first=False train nothing; allowed is one of n above 0 and "
+                    "whole_first=True")
+
+  def terms(step):
+    elastic = (drawn(listed, step * n + i, (_STREAM, seed)) for i in range(n))
+    return whole + tuple(Term((member,), 1 / n, taught=True) for member in elastic)
+
+  return Sampler(terms, fixed=n == 0)
 
 
 def _granularities(space: Space, members: Sequence[str]) -> tuple[Subnet, ...]:

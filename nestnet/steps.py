@@ -62,7 +62,9 @@ class Recipe:
     objective: What each of them minimises.
     teacher: Whose outputs taught terms see, gradients stopped: the `"largest"` of this very step
       (in-place distillation), a `"frozen"` copy, or the moving average `"ema"` of the largest.
-    ema: Decay of that average.
+    ema: Decay of that average, or a function from the number of a step to it.
+    hands_out: Whose weights members are evaluated and extracted with: the `"trained"` ones, or the
+      `"teacher"`'s.
     select: Which of a term's candidates trains: that of `"lowest"` or `"highest"` loss.
     judge: Which loss that is: the term's `"own"`, or that with the `"labels"` even where it is taught.
     untouched: What befalls weights that no sub-network of the step used: `"update"`: the
@@ -73,19 +75,23 @@ class Recipe:
   sampler: Sampler
   objective: Objective
   teacher: str = "largest"
-  ema: float = 0.999
+  ema: float | Callable[[jax.Array], jax.Array] = 0.999
+  hands_out: str = "trained"
   select: str = "lowest"
   judge: str = "own"
   untouched: str = "update"
 
   def __post_init__(self):
     for option, allowed in (("teacher", ("largest", "frozen", "ema")), ("select", ("lowest", "highest")),
-                            ("judge", ("own", "labels")),
+                            ("hands_out", ("trained", "teacher")), ("judge", ("own", "labels")),
                             ("untouched", ("update", "decay_only", "freeze"))):
       if getattr(self, option) not in allowed:
         raise one_of(f"recipe.{option}", getattr(self, option), allowed)
-    if not 0 <= self.ema <= 1:
+    if not callable(self.ema) and not 0 <= self.ema <= 1:
       raise UserError(f"recipe.ema: got {self.ema}, allowed is 0 to 1")
+    if self.hands_out == "teacher" and self.teacher == "largest":
+      raise UserError("recipe.hands_out=teacher: the largest of a step has no weights of its own; allowed with "
+                      "it: recipe.teacher of ema or frozen")
 
 
 class Step:
@@ -94,7 +100,7 @@ class Step:
   Args:
     supernet: The family.
     recipe: What trains.
-    optimizer: Makes the optax transformation from a mask of the weights that decay.
+    optimizer: Makes the optax transformation from the axis names of what trains.
     mesh: The device mesh.
     seed: Of initial values and of dropout.
     execution: How sub-networks run: `"slice"`: a program for each; `"one_program"`: one for all;
@@ -122,7 +128,7 @@ class Step:
     if unnamed:
       raise UserError("the objective's axes must name every leaf of its parameters: got "
                       f"{self.axes['objective']} for {shapes}")
-    self.tx = optimizer(jax.tree.map(lambda a: bool(a.contracted), self.axes, is_leaf=is_axes))
+    self.tx = optimizer(self.axes)
     self._shapes = jax.eval_shape(self._state, supernet.shapes, self._key)
     check_mesh(mesh, self.axes, self._shapes.trained, supernet.space)
     # Said of every result: a program that found its arguments laid out anew would compile twice.
@@ -193,7 +199,11 @@ class Step:
   def member(self, state: TrainState, subnet: Subnet) -> dict[str, Any]:
     """The variables of a sub-network as it is evaluated and extracted."""
     return execution.member(self.supernet, self.recipe.objective, self.axes["objective"],
-                            state.trained, state.fixed, subnet)
+                            self.weights(state), state.fixed, subnet)
+
+  def weights(self, state: TrainState) -> dict[str, Any]:
+    """The weights that members are evaluated and extracted with: `{"model": ..., "objective": ...}`."""
+    return state.teacher if self.recipe.hands_out == "teacher" else state.trained
 
   def __call__(self, state: TrainState, batch: Mapping[str, jax.Array], step: int
                ) -> tuple[TrainState, Metrics]:
@@ -261,19 +271,21 @@ class Step:
   def _make(self, terms, state, batch, sums, run):
     """Adds up the terms' gradients over the parts of the batch, then updates."""
     parts = (batch,) if self.accumulate == 1 else run(Program("split", (), self._split, self._parts), batch)
-    taught, metrics = self._teacher_outputs(terms, state, parts, run), ()
+    nothing = (None,) * len(parts)
+    taught, shared, metrics = self._teacher_outputs(terms, state, parts, run), nothing, ()
     for index, term in enumerate(terms):
-      seen = taught if term.taught else (None,) * len(parts)
+      seen = tuple(zip(taught if term.taught else nothing, shared))
       member = self._selected(term, state, parts, seen, index, run)
-      give = index == 0 and self._gives(terms)
-      program, given, owns = self._gradients.gradient(member, term, give), [], []
+      gives = self._gives(terms) if index == 0 else None
+      program, given, owns = self._gradients.gradient(member, term, gives), [], []
       for number, (part, targets) in enumerate(zip(parts, seen)):
         sums, outputs, own = run(
           program, state.trained, state.fixed, state.objective, part, targets, state.step, self._key,
           index + number * len(terms), term.weight / len(parts), sums)
         given.append(outputs)
         owns.append(own)
-      taught = tuple(given) if give else taught
+      taught = tuple(given) if gives == "teach" else taught
+      shared = tuple(given) if gives == "share" else shared
       metrics = tuple(owns) if index == 0 else metrics
     return run(Program("update", (), self._update, self._updated), state, sums, taught, metrics)
 
@@ -289,7 +301,7 @@ class Step:
 
   def runs_teacher(self, terms: tuple[Term, ...]) -> bool:
     """Whether a step needs the teacher's outputs beside those of its own terms."""
-    in_place = self.recipe.teacher == "largest" and self._gives(terms)
+    in_place = self.recipe.teacher == "largest" and self._gives(terms) == "teach"
     return any(t.taught for t in terms) and not in_place
 
   def _teacher_outputs(self, terms, state, parts, run):
@@ -300,20 +312,21 @@ class Step:
     return tuple(run(self._gradients.teacher, trained, state.fixed, state.objective, part, state.step)
                  for part in parts)
 
-  def _gives(self, terms: tuple[Term, ...]) -> bool:
-    """Whether the first term's outputs are needed after it."""
-    first = terms[0]
-    in_place = (self.recipe.teacher == "largest" and not first.taught
-                and first.candidates == (self.supernet.space.largest,)
-                and any(t.taught for t in terms))
-    return in_place or (self.recipe.objective.update is not None and not any(t.taught for t in terms))
+  def _gives(self, terms: tuple[Term, ...]) -> str | None:
+    """What is made of the first term's outputs, where they are needed after it: `"teach"`, `"share"`."""
+    objective, taught = self.recipe.objective, any(t.taught for t in terms)
+    whole = terms[0].candidates == (self.supernet.space.largest,)
+    in_place = self.recipe.teacher == "largest" and not terms[0].taught and whole and taught
+    if in_place or (objective.update is not None and not taught):
+      return "teach"
+    return "share" if objective.share is not None and whole and len(terms) > 1 else None
 
   def _selected(self, term, state, parts, seen, index, run) -> Member:
     """The sub-network that a term trains; with several on the data shards, one for each."""
     if len(term.candidates) == 1:
       return term.candidates[0]
     if self.recipe.judge == "labels":
-      term, seen = dataclasses.replace(term, taught=False), (None,) * len(parts)
+      term, seen = dataclasses.replace(term, taught=False), ((None, None),) * len(parts)
     losses = [sum(run(self._gradients.loss(candidate, term), state.trained, state.fixed, state.objective,
                       part, targets, state.step, self._key, index) for part, targets in zip(parts, seen))
               for candidate in term.candidates]
@@ -341,7 +354,8 @@ class Step:
     trained = optax.apply_updates(state.trained, updates)
     teacher = state.teacher
     if self.recipe.teacher == "ema":
-      teacher = optax.incremental_update(trained, teacher, 1 - self.recipe.ema)
+      decay = self.recipe.ema(state.step) if callable(self.recipe.ema) else self.recipe.ema
+      teacher = optax.incremental_update(trained, teacher, 1 - decay)
     objective, update = state.objective, self.recipe.objective.update
     if update:
       outputs = taught[0] if len(taught) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *taught)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -15,7 +16,7 @@ import jax
 from nestnet import processes
 from nestnet.checkpoint import Checkpoints
 from nestnet.errors import Failure, UserError
-from nestnet.logs import Logs, NoLogs, Progress
+from nestnet.logs import Logs, NoLogs, Progress, Warnings
 from nestnet.sharding import put_batch
 from nestnet.steps import Step, TrainState
 
@@ -109,13 +110,14 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
       state = _enter(phases[0], state, Border(None, phases[0].step, batches))
     with processes.Stop() as stop:
       logs = Logs(workdir, start) if processes.first() else NoLogs()
+      report = functools.partial(_report, logs=logs, log_every=log_every, progress=progress, warnings=Warnings())
       pending = None
       try:
         for step in range(start, total):
           if step == ends[current]:
             current += 1
             if pending:
-              _report(*pending, logs, log_every, progress)
+              report(*pending)
               pending = None
             if step > start:
               _announce(phases, current, progress)
@@ -129,13 +131,13 @@ def train(phases: Sequence[Phase], batches: Any, workdir: str | os.PathLike[str]
           done = step + 1
           # The metrics of the step before are read while this one runs.
           if pending:
-            _report(*pending, logs, log_every, progress)
-          pending = (done, metrics)
+            report(*pending)
+          pending = (done, metrics, phase.step.recipe.objective.watch)
           stopping = stop.requested(done)
           saves = done % checkpoint_every == 0 or done == total or stopping
           evaluates = evaluate and eval_every and done % eval_every == 0 and done < total
           if saves or evaluates:
-            _report(*pending, logs, log_every, progress)
+            report(*pending)
             pending = None
           # Rows come before the checkpoint that vouches for them.
           if evaluates:
@@ -200,8 +202,8 @@ def _announce(phases: Sequence[Phase], number: int, progress: Progress | None) -
   progress.say(f"{name}: {phase.steps} step{'s' * (phase.steps > 1)}{opens}; compiling", f"train, {name},")
 
 
-def _report(done: int, metrics: dict[str, jax.Array], logs: Logs | NoLogs, log_every: int,
-            progress: Progress | None) -> None:
+def _report(done: int, metrics: dict[str, jax.Array], watch: Callable[[int, dict[str, float]], str] | None,
+            logs: Logs | NoLogs, log_every: int, progress: Progress | None, warnings: Warnings) -> None:
   scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
   for name in ("loss", "grad_norm"):
     if not math.isfinite(scalars[name]):
@@ -209,5 +211,7 @@ def _report(done: int, metrics: dict[str, jax.Array], logs: Logs | NoLogs, log_e
                       "checkpoint is kept. A lower optim.learning_rate or optim.clip_norm may help.")
   if done % log_every == 0:
     logs.write(done, scalars)
+    if watch and processes.first():
+      warnings.look(done, watch(done, scalars))
   if progress:
     progress.update(done, scalars)

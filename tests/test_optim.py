@@ -52,7 +52,7 @@ RATE, DECAY, MOMENTUM = 0.1, 0.01, 0.9
 def run(**options):
   """Three steps on a weight that decays and its copy that does not."""
   tx = optim.optimizer(rate=optax.constant_schedule(RATE), weight_decay=DECAY, **options)(
-    {"kernel": True, "bias": False})
+    {"kernel": "in -> out", "bias": "-> out"})
   params = {"kernel": jnp.float32(W), "bias": jnp.float32(W)}
   state = tx.init(params)
   for grads in GRADS:

@@ -13,15 +13,16 @@ __all__ = ["Objective", "Targets", "objective"]
 
 # The module of each.
 _BUILT_IN = {"classification": "classification", "alpha_divergence": "alpha_divergence",
-             "matryoshka": "matryoshka", "language_modelling": "language", "exits": "exits"}
+             "matryoshka": "matryoshka", "language_modelling": "language", "exits": "exits",
+             "self_distillation": "self_distillation"}
 
 
 def objective(name: str, **options: Any) -> Objective:
   """The objective called `name` with its options; a user's own by import path.
 
   Args:
-    name: `"classification"`, `"alpha_divergence"`, `"matryoshka"`, `"language_modelling"`, `"exits"`, or
-      `package.module:function`.
+    name: `"classification"`, `"alpha_divergence"`, `"matryoshka"`, `"language_modelling"`, `"exits"`,
+      `"self_distillation"`, or `package.module:function`.
     **options: Passed to the function that makes the `Objective`.
 
   Raises:

@@ -14,10 +14,27 @@ class Targets(NamedTuple):
     batch: The batch, a dict of arrays `[batch, ...]`.
     teacher: The teacher's outputs, gradients stopped, as `Objective.teach` left them; None for a
       term that is not taught.
+    first: The outputs of the step's first term, gradients stopped, as `Objective.share` left them; None
+      for that term itself, and where nothing is shared.
   """
 
   batch: dict[str, Any]
   teacher: Any = None
+  first: Any = None
+
+
+class View(NamedTuple):
+  """Inputs of one shape that a network is run on for each example of a batch.
+
+  Attributes:
+    shape: Of one input, `(height, width, channels)`.
+    trained: How many of them a network reads that trains.
+    taught: How many the teacher reads.
+  """
+
+  shape: tuple[int, ...]
+  trained: int
+  taught: int
 
 
 def _no_params(rng, model, space):
@@ -57,6 +74,13 @@ class Objective:
       a sub-network's variables, for evaluation and extraction.
     needs: The entries of a batch that it reads, so that data that has them not is refused at the
       beginning; empty where it does not say.
+    forward_teacher: As `forward`, for a teacher that is no term of the step; None: the same.
+    share: `(params, state, outputs, batch, step) -> targets`: what later terms see of the outputs of the
+      first, where that is the largest network; None: nothing.
+    views: From the shapes of an example's entries to the `View`s that FLOPs are counted of; None: one
+      input as the data has it, for each network.
+    watch: `(step, metrics) -> warning`: what the metrics of a step show to be wrong, or "".
+    task: What is evaluated, a name among `nestnet.evaluators.TASKS`; None: what the data is for.
   """
 
   loss: Callable[..., tuple[Any, dict[str, Any]]]
@@ -66,3 +90,8 @@ class Objective:
   update: Callable[..., Any] | None = None
   attach: Callable[..., Any] = _keep_variables
   needs: tuple[str, ...] = ()
+  forward_teacher: Callable[..., Any] | None = None
+  share: Callable[..., Any] | None = None
+  views: Callable[..., tuple[View, ...]] | None = None
+  watch: Callable[[int, dict[str, float]], str] | None = None
+  task: str | None = None
