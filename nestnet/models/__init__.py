@@ -16,7 +16,8 @@ ARCHITECTURES = {
   "BigNAS": "nestnet.models.big_nas:BigNAS", "AttentiveNAS": "nestnet.models.big_nas:AttentiveNAS",
   "ProxylessNAS": "nestnet.models.proxyless_nas:ProxylessNAS",
   "ResNet50D": "nestnet.models.resnet50d:ResNet50D",
-  "SmallResNet": "nestnet.models.small_resnet:SmallResNet"}
+  "SmallResNet": "nestnet.models.small_resnet:SmallResNet",
+  "ResNet": "nestnet.models.resnet:ResNet", "TinyResNet": "nestnet.models.tiny_resnet:TinyResNet"}
 
 
 def architecture(name: str) -> type[nn.Module]:

@@ -233,12 +233,14 @@ class BatchNorm(nn.Module):
 class GroupNorm(nn.Module):
   """Normalises groups of channels image by image (1803.08494), so that it needs no calibration.
 
-  A group has a fixed number of channels: a sub-network that keeps the leading ones keeps whole groups,
-  each with the statistics that it has in the largest network.
+  By default a group has a fixed number of channels: a sub-network that keeps the leading ones keeps whole
+  groups, each with the statistics that it has in the largest network. With a fixed number of groups these
+  are made anew at each width, of fewer channels where there are fewer.
 
   Attributes:
     axis: Name of the channels.
     size: Channels in a group.
+    count: Number of groups instead, whatever the width.
     epsilon: Added to the variance.
     zero: Whether the scale starts at 0 instead of 1.
     dtype: Of the result.
@@ -247,6 +249,7 @@ class GroupNorm(nn.Module):
 
   axis: str
   size: int = 8
+  count: int | None = None
   epsilon: float = 1e-5
   zero: bool = False
   dtype: Any = jnp.float32
@@ -257,13 +260,15 @@ class GroupNorm(nn.Module):
     """Normalises `[batch, rows, columns, channels]`; alike in training and behind it.
 
     Raises:
-      ValueError: The channels are no multiple of the size of a group.
+      ValueError: The channels do not divide into the groups.
     """
     del train
-    if x.shape[-1] % self.size:
-      raise UserError(f"GroupNorm: {self.axis}={x.shape[-1]} does not divide into groups of {self.size}")
+    count = self.count or x.shape[-1] // self.size
+    if x.shape[-1] % (self.count or self.size):
+      raise UserError(f"GroupNorm: {self.axis}={x.shape[-1]} does not divide into "
+                      + (f"{count} groups" if self.count else f"groups of {self.size}"))
     scale, bias = _affine(self, x.shape[-1:])
-    groups = x.reshape(len(x), -1, x.shape[-1] // self.size, self.size)
+    groups = x.reshape(len(x), -1, count, x.shape[-1] // count)
     groups = groups.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = groups.mean((1, 3), keepdims=True)
     var = jnp.square(groups - mean).mean((1, 3), keepdims=True)
@@ -296,7 +301,8 @@ class Normed(nn.Module, kw_only=True):
 
   Attributes:
     norm: `"batch"`, or `"group"`, which needs no calibration.
-    group: Channels in a group: 1, 2, 4 or 8.
+    group: Channels in a group.
+    groups: Number of groups instead, whatever the width.
     epsilon: Of the normalisation.
     dtype: Of the computation.
     param_dtype: Of the stored parameters.
@@ -304,6 +310,7 @@ class Normed(nn.Module, kw_only=True):
 
   norm: str = "batch"
   group: int = 8
+  groups: int | None = None
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -316,7 +323,7 @@ class Normed(nn.Module, kw_only=True):
   @property
   def normed(self) -> dict[str, Any]:
     """All of them."""
-    return dict(norm=self.norm, group=self.group, epsilon=self.epsilon, **self.typed)
+    return dict(norm=self.norm, group=self.group, groups=self.groups, epsilon=self.epsilon, **self.typed)
 
 
 class ConvNorm(Normed):
@@ -351,7 +358,7 @@ class ConvNorm(Normed):
                     self.transforms, name="conv", **self.typed)(x)
     options = dict(epsilon=self.epsilon, zero=self.zero, name="norm", **self.typed)
     norm = (BatchNorm(self.writes, **options) if self.norm == "batch" else
-            GroupNorm(self.writes, self.group, **options))
+            GroupNorm(self.writes, self.group, self.groups, **options))
     return activation(self.act)(norm(x, train))
 
 

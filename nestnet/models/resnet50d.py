@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.errors import UserError, one_of
-from nestnet.models.convolution import ConvNorm, Normed, average, check_norm, divisible
+from nestnet.models.bottleneck import Bottleneck
+from nestnet.models.convolution import ConvNorm, Normed, check_norm, divisible
 from nestnet.models.layers import Linear
 from nestnet.models.stack import single, stack
 from nestnet.space import Space
@@ -228,41 +229,6 @@ class Stem(Normed):
       x = x + ConvNorm("stem", "stem_sum", self.inside, 3, 1, "relu", name="layers_0_1", **self.normed)(
         x, train)
     return x
-
-
-class Bottleneck(Normed):
-  """Three convolutions on a residual branch.
-
-  Attributes:
-    stage: Its stage, in the names of its axes.
-    reads: Axis of the channels that it reads.
-    width: Channels that it writes.
-    hidden: Channels between.
-    stride: Of the convolution of 3 x 3.
-    shortcut: Whether what it reads is averaged over the stride and projected, to be added.
-    zero_gamma: Whether the residual branch starts at 0.
-  """
-
-  stage: int
-  reads: str
-  width: int
-  hidden: int
-  stride: int = 1
-  shortcut: bool = False
-  zero_gamma: bool = False
-
-  @nn.compact
-  def __call__(self, x, constants, *, train):
-    """Maps `[batch, rows, columns, channels]` to `[batch, rows / stride, columns / stride, width]`."""
-    norm = self.normed
-    hidden, inner, writes = f"hidden_{self.stage}", f"inner_{self.stage}", f"embed_{self.stage}"
-    y = ConvNorm(self.reads, hidden, self.hidden, act="relu", name="reduce", **norm)(x, train)
-    y = ConvNorm(hidden, inner, self.hidden, 3, self.stride, "relu", name="spatial", **norm)(y, train)
-    y = ConvNorm(inner, writes, self.width, zero=self.zero_gamma, name="expand", **norm)(y, train)
-    if self.shortcut:
-      x = average(x, self.stride)
-      x = ConvNorm(self.reads, writes, self.width, name="shortcut", **norm)(x, train)
-    return nn.relu(x + y)
 
 
 def space(model: ResNet50D, shallower=(2, 1, 0), expand=(20, 25, 35), width=(65, 80, 100),

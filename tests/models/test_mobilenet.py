@@ -11,6 +11,7 @@ from nestnet import Space, Subnet
 from nestnet.axes import statistics_axes
 from nestnet.execution import Supernet, extract, sizes_of
 from nestnet.interop.folder import load, save
+from nestnet.models import convolution as c
 from nestnet.models import mobilenet, resnet50d
 from nestnet.models.mobilenet import MobileNet
 from nestnet.models.mobilenet_v3 import MobileNetV3
@@ -176,4 +177,4 @@ def test_what_is_wrong_is_said(make, message):
 
 def test_odd_sides_are_averaged_over_what_is_there():
   x = np.arange(9, dtype=np.float32).reshape(1, 3, 3, 1)
-  np.testing.assert_allclose(resnet50d.average(x, 2)[0, :, :, 0], [[2, 3.5], [6.5, 8]])
+  np.testing.assert_allclose(c.average(x, 2)[0, :, :, 0], [[2, 3.5], [6.5, 8]])

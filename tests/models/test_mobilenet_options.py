@@ -18,10 +18,11 @@ from nestnet.execution import Supernet
 from nestnet.models import architecture, big_nas, mobilenet, mobilenet_v3, proxyless_nas
 from nestnet.models import convolution as c
 from nestnet.models.big_nas import AttentiveNAS, BigNAS
+from nestnet.models.bottleneck import Bottleneck
 from nestnet.models.mobilenet import InvertedResidual, MobileNet
 from nestnet.models.mobilenet_v3 import MobileNetV3
 from nestnet.models.proxyless_nas import ProxylessNAS
-from nestnet.models.resnet50d import Bottleneck, ResNet50D
+from nestnet.models.resnet50d import ResNet50D
 from nestnet.models.small_mobilenet import SmallMobileNet
 from nestnet.one_program import OneProgram
 
