@@ -23,7 +23,7 @@ GROUPS: dict[str, dict[str, type]] = {
   "space": {"couple": dict, "per_layer": tuple, "groups": dict, "constraint": str, "pool": tuple},
   "recipe": {"name": str, "sampler": dict, "objective": dict, "teacher": str, "ema": float, "select": str,
              "judge": str, "untouched": str, "subnet": str},
-  "data": {"name": str, "data_dir": str, "augment": str, "shape": tuple, "classes": int,
+  "data": {"name": str, "data_dir": str, "augment": str, "crops": dict, "shape": tuple, "classes": int,
            "length": int, "tokenizer": str, "vocab": int, "sha256": str, "tokenizer_sha256": str},
   "optim": {"name": str, **RATE, "weight_decay": float, "coupled": bool, "clip_norm": float,
             "clip_value": float, "momentum": float, "b1": float, "b2": float, "epsilon": float},

@@ -56,7 +56,7 @@ class Objective:
     attach: `(variables, params, subnet) -> variables`: puts what the objective holds (a head) into
       a sub-network's variables, for evaluation and extraction.
     needs: The entries of a batch that it reads, so that data that has them not is refused at the
-      beginning; empty where it does not say.
+      beginning, and no others are made beside the labels; empty where it does not say.
   """
 
   loss: Callable[..., tuple[Any, dict[str, Any]]]
