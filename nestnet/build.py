@@ -15,8 +15,10 @@ import optax
 from nestnet import beside
 from nestnet import phases as stretches
 from nestnet import training
+from nestnet.build_data import check_data, data_of, entries_of, stated
 from nestnet.cli import check_fields
-from nestnet.data import Batches, Dataset, Text, augmentation, load
+from nestnet.data import Batches, Dataset, Text, augmentation
+from nestnet.data.crops import ENTRIES as OF_CROPS
 from nestnet.errors import UserError, one_of
 from nestnet.evaluators import TASKS, Task
 from nestnet.execution import Supernet, module_of
@@ -103,33 +105,8 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
     # What -1 stood for is written out: who opens the run elsewhere knows how many data shards drew.
     config["mesh"] = {axis: here.shape[axis] for axis in config["mesh"]}
   phases = _phases(config, dataset, here, trains=mesh is None)
-  return Run(config, dataset, _batches(config, dataset, here), phases, beside.members(config, phases[-1].step.supernet))
-
-
-def data_of(config: Mapping[str, Any]) -> Dataset | Text:
-  """The data set of a config.
-
-  Raises:
-    ValueError: As `data.load`, or it is not what the config states of it.
-    FileNotFoundError: It is not there.
-  """
-  data = config["data"]
-  dataset = load(data["name"], data.get("data_dir") or None, length=data.get("length") or 0,
-                 tokenizer=data.get("tokenizer") or "")
-  for key, there in dataset.facts.items():
-    if data.get(key) not in (None, there):
-      raise UserError(f"config.data.{key}: got {data[key]}, allowed is {there}, as "
-                      f"{data['name']} has it here")
-  return dataset
-
-
-def _stated(data: Mapping[str, Any]) -> Dataset | Text | None:
-  """The data set without its examples, where a config states enough of it."""
-  if data.get("shape") and data.get("classes"):
-    return Dataset(data["name"], data["classes"], tuple(data["shape"]), {})
-  if data.get("length") and data.get("vocab"):
-    return Text(data["name"], data["length"], data["vocab"], {})
-  return None
+  batches = _batches(config, dataset, here, entries_of(dataset, phases))
+  return Run(config, dataset, batches, phases, beside.members(config, phases[-1].step.supernet))
 
 
 def planned(config: Mapping[str, Any], devices: Sequence[Any]
@@ -146,12 +123,13 @@ def planned(config: Mapping[str, Any], devices: Sequence[Any]
   config = plain(config)
   _check(config)
   size = config["train"]["batch_size"]
-  dataset = _stated(config["data"]) or data_of(config)
+  dataset = stated(config["data"]) or data_of(config)
   mesh = make_mesh(config["mesh"], devices)
   config["mesh"] = dict(mesh.shape)
   phases = _phases(config, dataset, mesh)
   laid = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
-  return phases, {name: laid((size, *shape), kind) for name, (shape, kind) in dataset.entries.items()}
+  entries = {name: dataset.entries[name] for name in entries_of(dataset, phases)}
+  return phases, {name: laid((size, *shape), kind) for name, (shape, kind) in entries.items()}
 
 
 def _phases(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Mesh, trains: bool = True
@@ -253,23 +231,10 @@ def _check(config: Mapping[str, Any]) -> None:
                         "('mlp=64', 'mlp=64:64:128:128')")
     elif key != "mix" and (not isinstance(value, int) or value < 1):
       raise UserError(f"config.eval.{key}: got {value}, allowed is a whole number of at least 1")
-  _check_data(config["data"])
+  check_data(config["data"])
   for phase in config.get("phases") or ():
     check_fields(phase, dict.fromkeys((*PHASE, "model", "space", "recipe", "optim")), "phases")
   phase_steps(config)
-
-
-def _check_data(data: Mapping[str, Any]) -> None:
-  """What a config may state of its data set: the shape of an image, the number of classes or tokens."""
-  shape, classes = data.get("shape"), data.get("classes")
-  for key in ("length", "vocab"):
-    if (value := data.get(key)) is not None and not (isinstance(value, int) and value > 0):
-      raise UserError(f"config.data.{key}: got {value}, allowed is a whole number of at least 1")
-  if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(
-      isinstance(n, int) and n > 0 for n in shape)):
-    raise UserError(f"config.data.shape: got {shape}, allowed is (height, width, channels)")
-  if classes is not None and not (isinstance(classes, int) and classes > 1):
-    raise UserError(f"config.data.classes: got {classes}, allowed is a whole number of at least 2")
 
 
 def phase_steps(config: Mapping[str, Any], steps: int | None = None) -> list[int]:
@@ -341,9 +306,10 @@ def _sampler(options: Mapping[str, Any], space: Space, seed: int, shards: int, c
 def _objective(options: Mapping[str, Any], dataset: Dataset | Text) -> Objective:
   made = objective(**options)
   if missing := [name for name in made.needs if name not in dataset.entries]:
+    crops = f", or with config.data.crops that make {missing[0]}" * (missing[0] in OF_CROPS)
     raise UserError(f"config.recipe.objective.name={options['name']} learns from {', '.join(made.needs)}; "
                     f"{dataset.name} has {', '.join(dataset.entries)}, no {missing[0]}; allowed with it: "
-                    f"{TASKS[dataset.task].objective}")
+                    f"{TASKS[dataset.task].objective}{crops}")
   return made
 
 
@@ -399,7 +365,8 @@ def plain(config: Any) -> Any:
   return [plain(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
-def _batches(config: Mapping[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Mesh) -> Batches:
+def _batches(config: Mapping[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Mesh,
+             entries: Sequence[str]) -> Batches:
   data = config["data"]
   return Batches(dataset, "train", config["train"]["batch_size"], config.get("seed", 0),
-                 augmentation(data.get("augment", "none")), *batch_part(mesh))
+                 augmentation(data.get("augment", "none")), *batch_part(mesh), entries=entries)

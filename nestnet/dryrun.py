@@ -51,7 +51,8 @@ def compile_config(config: Mapping[str, Any], where: tpus.Topology, devices: Seq
   return {
     "name": ", ".join(config[group].get("name", "") for group in ("data", "model", "recipe")),
     "topology": where.name, "chips": where.chips, "hbm": where.chip.hbm,
-    "example": next(task.example for task in TASKS.values() if task.reads in batch),
+    # Where only crops are read, they are of images.
+    "example": next((task.example for task in TASKS.values() if task.reads in batch), "image"),
     "mesh": dict(phases[0].step.mesh.shape), "batch_size": size, "programs": programs,
     "subnets": [_member(supernet, name, size / where.chips) for name, supernet in members.items()]}
 

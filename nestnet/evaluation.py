@@ -180,7 +180,7 @@ def calibration(run: Run, supernet: Supernet, batches: int | None = None) -> lis
   size = options.get("calibrate_batch_size", CALIBRATION["batch_size"])
   count = count if batches is None else batches * size
   drawn = Batches(run.dataset, "train", size, CALIBRATION["seed"],
-                  augmentation(run.config["data"].get("augment", "none")))
+                  augmentation(run.config["data"].get("augment", "none")), entries=("image",))
   return [drawn[i]["image"][:count - i * size] for i in range(-(-count // size))]
 
 

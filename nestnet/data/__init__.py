@@ -10,15 +10,16 @@ Example:
 """
 
 from nestnet.data.augment import by_name as augmentation
+from nestnet.data.crops import Crops
+from nestnet.data.draws import Draws
+from nestnet.data.images import Dataset
+from nestnet.data.images import Source
 from nestnet.data.pipeline import arrays
 from nestnet.data.pipeline import Batches
-from nestnet.data.pipeline import Draws
-from nestnet.data.sources import Dataset
 from nestnet.data.sources import load
-from nestnet.data.sources import Source
 from nestnet.data.text import Text
 from nestnet.data.tokenization import Tokenizer
 from nestnet.data.tokenization import tokenizer
 
-__all__ = ["Batches", "Dataset", "Draws", "Source", "Text", "Tokenizer", "arrays", "augmentation", "load",
-           "tokenizer"]
+__all__ = ["Batches", "Crops", "Dataset", "Draws", "Source", "Text", "Tokenizer", "arrays", "augmentation",
+           "load", "tokenizer"]

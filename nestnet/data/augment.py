@@ -7,11 +7,16 @@ What comes in from outside an image is 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 
 from nestnet import errors
 from nestnet import imports
-from nestnet.data import pipeline
+from nestnet.data import resampling
+from nestnet.data.draws import Augment
+from nestnet.data.draws import Draws
 
 SHIFT_PIXELS = 0.5
 ROTATION_DEGREES = 8.0
@@ -19,7 +24,7 @@ SCALE_RANGE = (0.9, 1.1)
 CROP_PADDING = 4
 
 
-def digits(images: np.ndarray, draws: pipeline.Draws) -> np.ndarray:
+def digits(images: np.ndarray, draws: Draws) -> np.ndarray:
   """Shifts by up to half a pixel, rotates by up to 8 degrees, scales by up to a tenth; never flips.
 
   One bilinear resampling does all three.
@@ -34,10 +39,10 @@ def digits(images: np.ndarray, draws: pipeline.Draws) -> np.ndarray:
   Example:
 
   >>> images = np.ones((2, 8, 8, 1), np.float32)
-  >>> digits(images, pipeline.Draws(0, 0, 2, slice(0, 2))).shape
+  >>> digits(images, Draws(0, 0, 2, slice(0, 2))).shape
   (2, 8, 8, 1)
   """
-  batch, height, width, channels = images.shape
+  batch, height, width, _ = images.shape
   turn = np.deg2rad(draws.uniform(-ROTATION_DEGREES, ROTATION_DEGREES, (batch, 1, 1)))
   scale = draws.uniform(*SCALE_RANGE, (batch, 1, 1))
   shift = draws.uniform(-SHIFT_PIXELS, SHIFT_PIXELS, (batch, 2, 1, 1)).astype(np.float32)
@@ -45,25 +50,13 @@ def digits(images: np.ndarray, draws: pipeline.Draws) -> np.ndarray:
   sin = (np.sin(turn) / scale).astype(np.float32)
   y = np.arange(height, dtype=np.float32)[:, None] - (height - 1) / 2
   x = np.arange(width, dtype=np.float32) - (width - 1) / 2
-  # Where each pixel comes from, in an image with a border of zeros (hence + 1), clipped into it.
-  from_y = np.clip(cos * y - sin * x + shift[:, 0] + (height + 1) / 2, 0, height + 1)
-  from_x = np.clip(sin * y + cos * x + shift[:, 1] + (width + 1) / 2, 0, width + 1)
-  top = np.minimum(from_y.astype(np.int32), height)
-  left = np.minimum(from_x.astype(np.int32), width)
-  down, right = (from_y - top)[..., None], (from_x - left)[..., None]
-  padded = np.zeros((batch, height + 2, width + 2, channels), np.float32)
-  padded[:, 1:-1, 1:-1] = images
-  pixels = padded.reshape(-1, channels)
-  corner = np.arange(batch, dtype=np.int32)[:, None, None] * (height + 2)
-  corner = (corner + top) * (width + 2) + left
-  upper, upper_right, lower, lower_right = (
-      pixels.take(corner + offset, 0) for offset in (0, 1, width + 2, width + 3))
-  upper += (upper_right - upper) * right
-  lower += (lower_right - lower) * right
-  return upper + (lower - upper) * down
+  # Where each pixel comes from, in an image with a border (hence + 1).
+  from_y = cos * y - sin * x + shift[:, 0] + (height + 1) / 2
+  from_x = sin * y + cos * x + shift[:, 1] + (width + 1) / 2
+  return resampling.bilinear(images, from_y, from_x)
 
 
-def crop_flip(images: np.ndarray, draws: pipeline.Draws) -> np.ndarray:
+def crop_flip(images: np.ndarray, draws: Draws) -> np.ndarray:
   """Pads by 4 pixels, crops at random to the size that was, flips half of them left to right.
 
   The standard augmentation of CIFAR (He et al. 2016, "Deep Residual Learning", section 4.2).
@@ -78,7 +71,7 @@ def crop_flip(images: np.ndarray, draws: pipeline.Draws) -> np.ndarray:
   Example:
 
   >>> images = np.ones((2, 32, 32, 3), np.float32)
-  >>> crop_flip(images, pipeline.Draws(0, 0, 2, slice(0, 2))).shape
+  >>> crop_flip(images, Draws(0, 0, 2, slice(0, 2))).shape
   (2, 32, 32, 3)
   """
   batch, height, width, _ = images.shape
@@ -91,11 +84,10 @@ def crop_flip(images: np.ndarray, draws: pipeline.Draws) -> np.ndarray:
   return padded[np.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-NAMED: dict[str, pipeline.Augment | None] = {
-    "none": None, "digits": digits, "crop_flip": crop_flip}
+NAMED: dict[str, Augment | None] = {"none": None, "digits": digits, "crop_flip": crop_flip}
 
 
-def by_name(name: str) -> pipeline.Augment | None:
+def by_name(name: str) -> Augment | None:
   """Returns an augmentation by its name.
 
   Args:
@@ -109,12 +101,16 @@ def by_name(name: str) -> pipeline.Augment | None:
   >>> by_name("crop_flip") is crop_flip
   True
   """
+  return named("augmentation", name, NAMED)
+
+
+def named(what: str, name: str, known: Mapping[str, Callable[..., Any] | None]) -> Callable[..., Any] | None:
+  """Returns one of the functions in `known`, or a user's own; raises as `by_name`."""
   if ":" not in name:
-    if name not in NAMED:
-      raise errors.one_of("augmentation", name, [*NAMED, "package.module:function"])
-    return NAMED[name]
-  function = imports.by_path(name, "augmentation")
+    if name not in known:
+      raise errors.one_of(what, name, [*known, "package.module:function"])
+    return known[name]
+  function = imports.by_path(name, what)
   if not callable(function):
-    raise errors.UserError(
-        f"augmentation {name!r}: got {type(function).__name__}, allowed: a function")
+    raise errors.UserError(f"{what} {name!r}: got {type(function).__name__}, allowed: a function")
   return function

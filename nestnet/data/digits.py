@@ -183,6 +183,9 @@ class DigitsClutter(_Builder):
     return clutter(split)
 
 
+OWN = {"digits": Digits, "digits_clutter": DigitsClutter}
+
+
 def prepare(
     builder: type[tfds.core.DatasetBuilder], data_dir: str | os.PathLike[str] | None = None
 ) -> tfds.core.DatasetBuilder:

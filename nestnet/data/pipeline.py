@@ -5,7 +5,7 @@ Work is vectorised over the batch: a Python call for each example would cost muc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 import functools
 import operator
 import sys
@@ -14,61 +14,11 @@ import grain
 import numpy as np
 
 from nestnet import errors
-from nestnet.data import sources
+from nestnet.data import crops
+from nestnet.data import images
+from nestnet.data.draws import Augment
+from nestnet.data.draws import Draws
 from nestnet.data.text import Text
-
-Augment = Callable[[np.ndarray, "Draws"], np.ndarray]
-
-
-class Draws:
-  """The random numbers of one global batch, of which a host gets those of its own examples.
-
-  Used like a `np.random.Generator`, with the methods below. Every draw has `size=(batch, ...)`,
-  `batch` being the number of images at hand: an example then gets the same numbers whichever host
-  reads it, however many hosts there are. Draw per example, not per pixel: every host draws for the
-  whole global batch.
-
-  Args:
-    seed: Of the run's data.
-    step: Which step.
-    batch_size: Examples of a step, over all hosts.
-    rows: Which of them are this host's.
-
-  Example:
-
-  >>> one, two = Draws(0, 7, 128, slice(0, 128)), Draws(0, 7, 128, slice(64, 128))
-  >>> bool((one.uniform(-1, 1, (128, 2))[64:] == two.uniform(-1, 1, (64, 2))).all())
-  True
-  """
-
-  def __init__(self, seed: int, step: int, batch_size: int, rows: slice):
-    self._generator = np.random.default_rng((seed, step, 1))
-    self._batch_size = batch_size
-    self._rows = rows
-
-  def _share(self, draw: Callable[..., np.ndarray], size: int | tuple[int, ...]) -> np.ndarray:
-    size = (size,) if np.ndim(size) == 0 else tuple(size)
-    here = self._rows.stop - self._rows.start
-    if not size or size[0] != here:
-      raise errors.UserError(
-          f"size of a random draw: got {size}, allowed: ({here}, ...), a draw for each image")
-    return draw(size=(self._batch_size, *size[1:]))[self._rows]
-
-  def random(self, size: int | tuple[int, ...]) -> np.ndarray:
-    """Returns uniform numbers in [0, 1)."""
-    return self._share(self._generator.random, size)
-
-  def uniform(self, low: float, high: float, size: int | tuple[int, ...]) -> np.ndarray:
-    """Returns uniform numbers in [low, high)."""
-    return self._share(functools.partial(self._generator.uniform, low, high), size)
-
-  def normal(self, loc: float, scale: float, size: int | tuple[int, ...]) -> np.ndarray:
-    """Returns normal numbers of mean `loc` and standard deviation `scale`."""
-    return self._share(functools.partial(self._generator.normal, loc, scale), size)
-
-  def integers(self, low: int, high: int, size: int | tuple[int, ...]) -> np.ndarray:
-    """Returns integers from `low` to `high - 1`."""
-    return self._share(functools.partial(self._generator.integers, low, high), size)
 
 
 class Batches(grain.MapDataset):
@@ -77,8 +27,11 @@ class Batches(grain.MapDataset):
   `batches[step]` is a pure function of (seed, step), for any step in any order: `image` float32
   `[batch_size / process_count, height, width, channels]` (uint8 images come out in [-1, 1],
   floating ones as they are) and `label` int32 `[batch_size / process_count]`; of text, `tokens` int32
-  `[batch_size / process_count, length + 1]`. Host i gets, and reads, the i-th equal share of the global
-  batch. An epoch sees every example (every window of a text) once; a batch may span two epochs.
+  `[batch_size / process_count, length + 1]`. With the crops of a data set that has them: `global` float32
+  `[batch_size / process_count, 2, side, side, channels]`, scaled as images are, likewise `local`, and `mask`
+  bool `[batch_size / process_count, 2, patches]`, the last two where there are any. Host i gets, and reads,
+  the i-th equal share of the global batch. An epoch sees every example (every window of a text) once; a
+  batch may span two epochs.
 
   It is a Grain `MapDataset`. Where decoding is slow (large images),
   `iter(batches[step:].to_iter_dataset(grain.ReadOptions(num_threads=8)))` reads ahead, in order.
@@ -93,6 +46,7 @@ class Batches(grain.MapDataset):
       None for none. See `nestnet.data.augment`.
     process_index: Which host this is.
     process_count: Number of hosts, which must divide `batch_size`.
+    entries: Which entries batches have, of `dataset.entries`; all by default.
 
   Raises:
     errors.UserError: If an argument is out of range.
@@ -100,20 +54,22 @@ class Batches(grain.MapDataset):
   Example:
 
   >>> import tempfile
-  >>> batches = Batches(sources.load("digits", tempfile.mkdtemp()), batch_size=32)
+  >>> from nestnet.data import load
+  >>> batches = Batches(load("digits", tempfile.mkdtemp()), batch_size=32)
   >>> batches[1_000]["image"].shape, batches[1_000]["label"].shape
   ((32, 8, 8, 1), (32,))
   """
 
   def __init__(
       self,
-      dataset: sources.Dataset | Text,
+      dataset: images.Dataset | Text,
       split: str = "train",
       batch_size: int = 128,
       seed: int = 0,
       augment: Augment | None = None,
       process_index: int = 0,
       process_count: int = 1,
+      entries: Collection[str] | None = None,
   ):
     super().__init__()
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
@@ -125,7 +81,12 @@ class Batches(grain.MapDataset):
           f"process index: got {process_index}, allowed: 0 to {process_count - 1}")
     if seed < 0:
       raise errors.UserError(f"seed of the data: got {seed}, allowed: 0 or more")
+    self._entries = tuple(dataset.entries if entries is None else entries)
+    for name in self._entries:
+      if name not in dataset.entries:
+        raise errors.one_of(f"entry of batches of {dataset.name}", name, dataset.entries)
     self._source = dataset.split(split)
+    self._crops = dataset.crops if set(self._entries) & set(crops.ENTRIES) else None
     self._batch_size = batch_size
     self._seed = seed
     self._augment = augment
@@ -142,8 +103,15 @@ class Batches(grain.MapDataset):
     if step < 0:
       raise errors.UserError(f"step: got {step}, allowed: 0 or more")
     draws = Draws(self._seed, step, self._batch_size, self._rows)
-    augment = self._augment and (lambda images: self._augment(images, draws))
-    return self._source.batch(self._indices(step), augment)
+    augment = self._augment and (lambda whole: self._augment(whole, draws))
+    indices = self._indices(step)
+    if self._crops is None:
+      batch = self._source.batch(indices, augment)
+    else:
+      batch = self._source.batch(indices, augment, lambda whole: self._crops.cut(whole, draws))
+    if "mask" in self._entries:
+      batch["mask"] = self._crops.masks(len(indices), draws)
+    return {name: batch[name] for name in self._entries}
 
   def _indices(self, step: int) -> np.ndarray:
     start = step * self._batch_size
@@ -156,7 +124,7 @@ class Batches(grain.MapDataset):
     return indices
 
 
-def arrays(dataset: sources.Dataset | Text, split: str, most: int = 0) -> dict[str, np.ndarray]:
+def arrays(dataset: images.Dataset | Text, split: str, most: int = 0) -> dict[str, np.ndarray]:
   """Returns a whole split in its stored order, scaled as in `Batches` and not augmented.
 
   Args:
@@ -171,7 +139,8 @@ def arrays(dataset: sources.Dataset | Text, split: str, most: int = 0) -> dict[s
   Example:
 
   >>> import tempfile
-  >>> arrays(sources.load("digits", tempfile.mkdtemp()), "test")["image"].shape
+  >>> from nestnet.data import load
+  >>> arrays(load("digits", tempfile.mkdtemp()), "test")["image"].shape
   (360, 8, 8, 1)
   """
   source = dataset.split(split)

@@ -6,23 +6,20 @@ so a run resumes exactly with no state to save. TensorFlow itself is never neede
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
-import dataclasses
+from collections.abc import Mapping, Sequence
 import difflib
-import functools
 import os
 import pathlib
 import re
 from typing import Any
 
-from google.protobuf import json_format
 import numpy as np
 import tensorflow_datasets as tfds
 
 from nestnet import errors
 from nestnet import imports
 from nestnet.data import digits
+from nestnet.data import images
 from nestnet.data import stdlib_text
 from nestnet.data.text import every_tenth
 from nestnet.data.text import held_out
@@ -31,150 +28,11 @@ from nestnet.data.text import text
 from nestnet.data.tokenization import tokenizer
 
 SPLITS = ("train", "validation", "test")
-OWN = {"digits": digits.Digits, "digits_clutter": digits.DigitsClutter}
 STDLIB_TEXT = "stdlib_text"
-
-# Splits of at most this many pixels are decoded once and kept; larger ones are read every time.
-MEMORY_PIXELS = 512 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """One split of a data set, by random access.
-
-  Attributes:
-    name: What messages call it, e.g. `digits/train`.
-    examples: Any sequence of mappings with an `image` `[height, width, channels]`, uint8 or
-      floating, and a `label`.
-    classes: Number of classes; labels are 0 to `classes - 1`.
-    shape: `(height, width, channels)` of every image.
-    high: The largest value that a stored uint8 image takes.
-    folder: Where its files lie, if it was prepared by TensorFlow Datasets.
-  """
-
-  name: str
-  examples: Sequence[Mapping[str, Any]]
-  classes: int
-  shape: tuple[int, int, int]
-  high: int = 255
-  folder: pathlib.Path | None = None
-
-  def __len__(self) -> int:
-    return len(self.examples)
-
-  def __getitem__(self, index: int) -> Mapping[str, Any]:
-    return self.examples[range(len(self))[index]]
-
-  def batch(self, indices: np.ndarray, augment: Callable[[np.ndarray], np.ndarray] | None = None
-            ) -> dict[str, np.ndarray]:
-    """Reads examples as networks are given them.
-
-    Args:
-      indices: Which examples, `[batch]`.
-      augment: From images `[batch, height, width, channels]` float32 to images of the same shape.
-
-    Returns:
-      `image` float32 `[batch, height, width, channels]` (uint8 images come out in [-1, 1]) and `label`
-      int32 `[batch]`.
-
-    Raises:
-      errors.UserError: As `read`, or `augment` gives another shape.
-    """
-    images, labels = self.read(indices)
-    return {"image": _scaled(images, self.high, augment), "label": labels}
-
-  def evaluated(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The same as an evaluation needs it."""
-    return self.batch(indices)
-
-  def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reads examples as they are stored.
-
-    Args:
-      indices: Which examples, `[batch]`.
-
-    Returns:
-      Images `[batch, height, width, channels]`, uint8 or float32, and labels, int32 `[batch]`.
-
-    Raises:
-      errors.UserError: If an image or label does not have the declared shape, type or range, or the
-        files are damaged.
-    """
-    if len(self) * int(np.prod(self.shape)) <= MEMORY_PIXELS:
-      images, labels = self._memory
-      return images[indices], labels[indices]
-    return self._decode(indices)
-
-  @functools.cached_property
-  def _memory(self) -> tuple[np.ndarray, np.ndarray]:
-    return self._decode(np.arange(len(self)))
-
-  def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    with _whole(self.name, self.folder):
-      examples = [self.examples[int(index)] for index in indices]
-    images = [np.asarray(example["image"]) for example in examples]
-    labels = np.array([int(example["label"]) for example in examples], np.int32)
-    for index, image in zip(indices, images):
-      if image.shape != self.shape:
-        raise errors.UserError(
-            f"{self.name}, example {index}: image of shape {image.shape}, allowed: {self.shape},"
-            " as the first of train; all images need one size")
-    images = np.stack(images)
-    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-      raise errors.UserError(
-          f"{self.name}: images of type {images.dtype}, allowed: uint8 or floating")
-    outside = (labels < 0) | (labels >= self.classes)
-    if outside.any():
-      raise errors.UserError(
-          f"{self.name}, example {indices[outside][0]}: label {labels[outside][0]},"
-          f" allowed: 0 to {self.classes - 1}")
-    return images if images.dtype == np.uint8 else images.astype(np.float32), labels
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-  """A classification data set of images.
-
-  Attributes:
-    name: The name it was loaded by.
-    classes: Number of classes.
-    shape: `(height, width, channels)` of every image.
-    splits: The sources `train`, `validation` and `test`.
-  """
-
-  name: str
-  classes: int
-  shape: tuple[int, int, int]
-  splits: Mapping[str, Source]
-
-  task = "classification"
-  recorded = {}
-  about = ""
-
-  @property
-  def entries(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and type of an example's entries in a batch."""
-    return {"image": (self.shape, np.float32), "label": ((), np.int32)}
-
-  @property
-  def sizes(self) -> dict[str, int]:
-    """Fields of a model that follow from the data."""
-    return {"classes": self.classes}
-
-  @property
-  def facts(self) -> dict[str, Any]:
-    """What a config may state of it."""
-    return {"shape": list(self.shape), "classes": self.classes}
-
-  def split(self, name: str) -> Source:
-    """Returns the source of a split; raises `errors.UserError` with the allowed names."""
-    if name not in self.splits:
-      raise errors.one_of(f"split of {self.name}", name, self.splits)
-    return self.splits[name]
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None, length: int = 0,
-         tokenizer: str | os.PathLike[str] = "") -> Dataset | Text:
+         tokenizer: str | os.PathLike[str] = "") -> images.Dataset | Text:
   """Returns a data set by name. Nothing is ever downloaded.
 
   `digits` and `digits_clutter` prepare themselves on first use; `stdlib_text` is the running Python's own
@@ -236,7 +94,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, length: int 
   return _prepared(name, pathlib.Path(data_dir).expanduser(), of_text)
 
 
-def _own(name: str, of_text: Mapping[str, Any]) -> Dataset | Text:
+def _own(name: str, of_text: Mapping[str, Any]) -> images.Dataset | Text:
   made = imports.by_path(name, "data set")
   if not callable(made):
     raise errors.UserError(
@@ -255,12 +113,12 @@ def _own(name: str, of_text: Mapping[str, Any]) -> Dataset | Text:
   return _dataset(name, made.classes, splits)
 
 
-def _prepared(name: str, root: pathlib.Path, of_text: Mapping[str, Any]) -> Dataset | Text:
+def _prepared(name: str, root: pathlib.Path, of_text: Mapping[str, Any]) -> images.Dataset | Text:
   """Opens what TensorFlow Datasets wrote."""
-  if name in OWN:
+  if name in digits.OWN:
     _check_images(name, of_text)
-  with _whole(name, root / name):
-    builder = digits.prepare(OWN[name], root) if name in OWN else _builder(name, root)
+  with images.whole(name, root / name):
+    builder = digits.prepare(digits.OWN[name], root) if name in digits.OWN else _builder(name, root)
   features = builder.info.features
   labelled_images = {"image", "label"} <= set(features or ())
   if not labelled_images and "text" not in (features or ()):
@@ -269,7 +127,7 @@ def _prepared(name: str, root: pathlib.Path, of_text: Mapping[str, Any]) -> Data
   # A set that was never prepared does not know its splits; opening one then fails.
   names = tuple(builder.info.splits) or ("train", "test")
   try:
-    with _whole(name, builder.data_path):
+    with images.whole(name, builder.data_path):
       splits = {split: builder.as_data_source(split) for split in names}
       labelled = {
           split: source for split, source in splits.items()
@@ -283,17 +141,17 @@ def _prepared(name: str, root: pathlib.Path, of_text: Mapping[str, Any]) -> Data
         f"data set {name!r}: looked in {builder.data_path}, {there}. {_how_to_prepare(name, root)}"
     ) from error
   if not labelled_images:
-    with _whole(name, builder.data_path):
+    with images.whole(name, builder.data_path):
       return _text(builder.info.full_name, splits, of_text, root / "nestnet_tokens")
   _check_images(name, of_text)
   if "test" not in labelled and "validation" in labelled:
     labelled["test"] = labelled.pop("validation")
-  high = digits.HIGH if name in OWN else 255
+  high = digits.HIGH if name in digits.OWN else 255
   return _dataset(name, features["label"].num_classes, labelled, high, builder.data_path)
 
 
 def _how_to_prepare(name: str, root: pathlib.Path) -> str:
-  if name in OWN:
+  if name in digits.OWN:
     return f"Loading {name!r} again prepares it"
   return (
       "Prepare it once (downloads it; this command alone needs `pip install tensorflow`):\n"
@@ -304,31 +162,15 @@ def _builder(name: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
   try:
     return tfds.builder(name, data_dir=root)
   except tfds.core.DatasetNotFoundError as error:
-    known = {*OWN, STDLIB_TEXT, *tfds.list_builders(with_community_datasets=False)}
+    known = {*digits.OWN, STDLIB_TEXT, *tfds.list_builders(with_community_datasets=False)}
     close = difflib.get_close_matches(name.partition("/")[0], known, n=3)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     raise errors.UserError(
-        f"unknown data set {name!r}{hint} Allowed: {', '.join((*OWN, STDLIB_TEXT))}, a name of TensorFlow"
+        f"unknown data set {name!r}{hint} Allowed: {', '.join((*digits.OWN, STDLIB_TEXT))}, a name of TensorFlow"
         " Datasets (https://www.tensorflow.org/datasets/catalog), or package.module:Name of your own"
     ) from error
   except ValueError as error:
     raise errors.UserError(f"data set {name!r}: {error}") from error
-
-
-@contextlib.contextmanager
-def _whole(name: str, folder: pathlib.Path | None) -> Iterator[None]:
-  """Turns what readers raise on damaged files (they verify a checksum) into a clear message."""
-  try:
-    yield
-  except NotImplementedError:
-    raise
-  except (RuntimeError, json_format.ParseError) as error:
-    if folder is None:
-      raise
-    again = f"load {name!r} again" if name.partition("/")[0] in OWN else "prepare it again"
-    raise errors.UserError(
-        f"data set {name!r}: damaged files in {folder} ({error}); delete that folder and {again}"
-    ) from error
 
 
 def _check_images(name: str, of_text: Mapping[str, Any]) -> None:
@@ -350,7 +192,7 @@ def _dataset(
     splits: Mapping[str, Sequence[Any]],
     high: int = 255,
     folder: pathlib.Path | None = None,
-) -> Dataset:
+) -> images.Dataset:
   """Checks the splits, carves `validation` from `train` if there is none, and makes the record."""
   if not isinstance(classes, (int, np.integer)) or classes < 2:
     raise errors.UserError(
@@ -368,21 +210,7 @@ def _dataset(
     raise errors.UserError(
         f"data set {name!r}: image of shape {shape}, allowed: (height, width, channels)")
   sources = {
-      split: Source(f"{name}/{split}", splits[split], int(classes), shape, high, folder)
+      split: images.Source(f"{name}/{split}", splits[split], int(classes), shape, high, folder)
       for split in SPLITS
   }
-  return Dataset(name, int(classes), shape, sources)
-
-
-def _scaled(images: np.ndarray, high: int, augment: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
-  integral = images.dtype == np.uint8
-  images = images.astype(np.float32)
-  if integral:
-    images *= np.float32(1 / high)
-  if augment is not None:
-    augmented = np.asarray(augment(images), np.float32)
-    if augmented.shape != images.shape:
-      raise errors.UserError(
-          f"augmented images: got shape {augmented.shape}, allowed: {images.shape}")
-    images = augmented
-  return images * np.float32(2) - np.float32(1) if integral else images
+  return images.Dataset(name, int(classes), shape, sources)

@@ -111,6 +111,7 @@ class Text:
   about: str = ""
 
   task = "language_modelling"
+  crops = None
 
   def split(self, name: str) -> Windows:
     """Returns the source of a split; raises `errors.UserError` with the allowed names."""

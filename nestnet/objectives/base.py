@@ -23,7 +23,7 @@ class Targets(NamedTuple):
   first: Any = None
 
 
-class View(NamedTuple):
+class Pass(NamedTuple):
   """Inputs of one shape that a network is run on for each example of a batch.
 
   Attributes:
@@ -73,11 +73,12 @@ class Objective:
     attach: `(variables, params, subnet) -> variables`: puts what the objective holds (a head) into
       a sub-network's variables, for evaluation and extraction.
     needs: The entries of a batch that it reads, so that data that has them not is refused at the
-      beginning; empty where it does not say.
+      beginning, and no others are made beside the labels; empty where it does not say.
+    uses: Entries that it reads where they are there, beside these.
     forward_teacher: As `forward`, for a teacher that is no term of the step; None: the same.
     share: `(params, state, outputs, batch, step) -> targets`: what later terms see of the outputs of the
       first, where that is the largest network; None: nothing.
-    views: From the shapes of an example's entries to the `View`s that FLOPs are counted of; None: one
+    passes: From the shapes of an example's entries to the `Pass`es that FLOPs are counted of; None: one
       input as the data has it, for each network.
     watch: `(step, metrics) -> warning`: what the metrics of a step show to be wrong, or "".
     task: What is evaluated, a name among `nestnet.evaluators.TASKS`; None: what the data is for.
@@ -90,8 +91,9 @@ class Objective:
   update: Callable[..., Any] | None = None
   attach: Callable[..., Any] = _keep_variables
   needs: tuple[str, ...] = ()
+  uses: tuple[str, ...] = ()
   forward_teacher: Callable[..., Any] | None = None
   share: Callable[..., Any] | None = None
-  views: Callable[..., tuple[View, ...]] | None = None
+  passes: Callable[..., tuple[Pass, ...]] | None = None
   watch: Callable[[int, dict[str, float]], str] | None = None
   task: str | None = None

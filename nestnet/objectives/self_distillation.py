@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nestnet.errors import UserError, one_of
 from nestnet.objectives import health
-from nestnet.objectives.base import Objective, Targets, View
+from nestnet.objectives.base import Objective, Pass, Targets
 from nestnet.objectives.projection import init_heads, scores
 
 CLOSEST = 1e-4
@@ -160,14 +160,14 @@ def self_distillation(
     return found and (f"self-distillation has collapsed or did not begin: {'; '.join(found)}. A lower "
                       "teacher_temperature, more prototypes or a lower rate may help.") or ""
 
-  def views(entries):
-    made = [View(entries["global"][1:], entries["global"][0], entries["global"][0])]
-    return (*made, *([View(entries["local"][1:], entries["local"][0], 0)] if "local" in entries else []))
+  def passes(entries):
+    made = [Pass(entries["global"][1:], entries["global"][0], entries["global"][0])]
+    return (*made, *([Pass(entries["local"][1:], entries["local"][0], 0)] if "local" in entries else []))
 
   return Objective(
     loss=loss, init=init, forward=forward, forward_teacher=forward_teacher, teach=teach,
-    update=update if centering == "ema" else None, share=share, views=views, watch=watch,
-    needs=("global", "mask") if patches else ("global",), task="representation")
+    update=update if centering == "ema" else None, share=share, passes=passes, watch=watch,
+    needs=("global", "mask") if patches else ("global",), uses=("local",), task="representation")
 
 
 def sinkhorn(scores: jax.Array, rows: jax.Array, iterations: int) -> jax.Array:

@@ -12,7 +12,7 @@ import pytest
 from nestnet import data
 from nestnet.data import augment
 from nestnet.data import pipeline
-from nestnet.data import sources
+from nestnet.data import images
 
 AUGMENTATIONS = ["none", "digits", "crop_flip"]
 
@@ -55,7 +55,7 @@ def test_hosts_make_up_the_global_batch(dataset, name, step):
 
 
 def test_host_reads_only_its_share(dataset, monkeypatch):
-  monkeypatch.setattr(sources, "MEMORY_PIXELS", 0)
+  monkeypatch.setattr(images, "MEMORY_PIXELS", 0)
   read = []
 
   class Counted(list):

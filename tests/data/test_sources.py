@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from nestnet import data
-from nestnet.data import sources
+from nestnet.data import images
 
 OWN = """
   import numpy as np
@@ -181,7 +181,7 @@ def test_withheld_test_labels(tmp_path):
 def test_large_sets_are_not_kept_in_memory(tmp_path, monkeypatch):
   dataset = data.load("digits", tmp_path)
   kept = data.Batches(dataset, augment=data.augmentation("digits"))[4]
-  monkeypatch.setattr(sources, "MEMORY_PIXELS", 1000)
+  monkeypatch.setattr(images, "MEMORY_PIXELS", 1000)
   dataset = data.load("digits", tmp_path)
   read = data.Batches(dataset, augment=data.augmentation("digits"))[4]
   assert all(np.array_equal(kept[key], read[key]) for key in kept)
