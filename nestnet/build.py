@@ -274,6 +274,7 @@ def _step(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Me
   made = Recipe(
     _sampler(recipe["sampler"], supernet.space, seed, shards, Context(*phase, _cost(supernet))),
     minimised, ema=rising(recipe.get("ema", 0.999), recipe.get("ema_end"), *phase),
+    passes=minimised.passes({k: shape for k, (shape, _) in dataset.entries.items()}) if minimised.passes else (),
     **{k: recipe[k] for k in ("teacher", "hands_out", "select", "judge", "untouched") if k in recipe})
   if optim.get("coupled") and made.untouched == "decay_only":
     raise UserError("config.recipe.untouched=decay_only with config.optim.coupled=True, whose decay is a part of "

@@ -263,32 +263,40 @@ def _flops(step: Step, first: int, count: int) -> float:
 def step_flops(step: Step) -> Callable[[int], float]:
   """The function from a step's number to its FLOPs, all passes, for one image of the batch.
 
-  The passes of the networks are counted, as the objective runs them by default: one forward of each
-  and its derivative. What an objective adds of its own (heads, losses) is left out. Among
+  The passes of the networks are counted, as the objective runs them: by default one forward of each and its
+  derivative. What an objective adds of its own (heads, losses) is left out. Among
   candidates the first stands for the one that trains. Where each data shard has a sub-network of its
   own, their mean counts.
   """
   supernet, sampler = step.supernet, step.recipe.sampler
-  of_one = member_flops(supernet)
+  passes = [(member_flops(supernet, p.shape), p.trained, p.taught) for p in step.recipe.passes] or [
+    (member_flops(supernet), 1, 1)]
 
   @functools.cache
-  def flops(member: Member, train: bool) -> float:
+  def flops(member: Member, train: bool, taught: bool = False) -> float:
     members = member if isinstance(member, tuple) else (member,)
-    return sum(of_one(m, train) for m in members) / len(members)
+    counts = [(of_one, teacher if taught else student) for of_one, student, teacher in passes]
+    return sum(n * of_one(m, train) for of_one, n in counts for m in members) / len(members)
 
   def count(number: int) -> float:
     terms = sampler.terms(number)
     trained = sum(flops(term.candidates[0], True) for term in terms)
     tried = sum(flops(c, False) for term in terms if len(term.candidates) > 1 for c in term.candidates)
-    taught = flops(supernet.space.largest, False) if step.runs_teacher(terms) else 0
+    taught = flops(supernet.space.largest, False, True) if step.runs_teacher(terms) else 0
     return trained + tried + taught
 
   return count
 
 
-def member_flops(supernet: Supernet) -> Callable[[Subnet, bool], int]:
-  """The function from a member, and whether it trains, to its FLOPs: sums over its pieces."""
-  pieces = shared(supernet)
+def member_flops(supernet: Supernet, shape: tuple[int, ...] | None = None) -> Callable[[Subnet, bool], int]:
+  """The function from a member, and whether it trains, to its FLOPs: sums over its pieces.
+
+  Args:
+    supernet: The family.
+    shape: Of an input; that of the supernet's own by default.
+  """
+  inputs = shape and tuple(jax.ShapeDtypeStruct((x.shape[0], *shape), x.dtype) for x in supernet.inputs)
+  pieces = shared(supernet, inputs)
   return lambda subnet, train: pieces.train_flops(subnet) if train else pieces.costs(subnet)["flops"]
 
 

@@ -212,11 +212,12 @@ class Pieces:
     return Piece(name, run, variables, inputs, outputs)
 
 
-def shared(supernet: Supernet) -> Pieces:
+def shared(supernet: Supernet, inputs: tuple[jax.ShapeDtypeStruct, ...] | None = None) -> Pieces:
   """The pieces of a family; what has been traced once serves all who count, and all families of its model."""
-  found = _shared(supernet.model, supernet.space.largest, supernet.inputs)
+  inputs = inputs or supernet.inputs
+  found = _shared(supernet.model, supernet.space.largest, inputs)
   if not found:
-    found.append(Pieces(supernet))
+    found.append(Pieces(supernet, inputs))
   return found[0]
 
 

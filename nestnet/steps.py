@@ -22,7 +22,7 @@ from nestnet.axes import Axes, is_axes
 from nestnet.errors import UserError, one_of
 from nestnet.execution import Supernet
 from nestnet.gradients import Gradients, Program, as_data
-from nestnet.objectives.base import Objective
+from nestnet.objectives.base import Objective, Pass
 from nestnet.one_program import OneProgram
 from nestnet.sampling import FIXED_LIMIT, Member, Sampler, Term
 from nestnet.sharding import batch_sharding, batch_shards, check_mesh, place, replicated
@@ -63,6 +63,7 @@ class Recipe:
     teacher: Whose outputs taught terms see, gradients stopped: the `"largest"` of this very step
       (in-place distillation), a `"frozen"` copy, or the moving average `"ema"` of the largest.
     ema: Decay of that average, or a function from the number of a step to it.
+    passes: What the networks of a step are run on for each example of a batch, where that is not its input.
     hands_out: Whose weights members are evaluated and extracted with: the `"trained"` ones, or the
       `"teacher"`'s.
     select: Which of a term's candidates trains: that of `"lowest"` or `"highest"` loss.
@@ -76,6 +77,7 @@ class Recipe:
   objective: Objective
   teacher: str = "largest"
   ema: float | Callable[[jax.Array], jax.Array] = 0.999
+  passes: tuple[Pass, ...] = ()
   hands_out: str = "trained"
   select: str = "lowest"
   judge: str = "own"
