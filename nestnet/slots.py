@@ -26,8 +26,8 @@ def slots(space: Space, width_bias: float = 3.0, depth_bias: float = 3.0) -> tup
 
   Example:
     >>> space = Space(layers=(1, 2), embed=(8, 16))
-    >>> [str(member) for member in slots(space, 2.0, 1.0)]
-    ['layers=1,embed=8', 'layers=1,embed=8', 'layers=2,embed=8', 'layers=2,embed=8', 'layers=1,embed=16']
+    >>> sorted(map(str, slots(space, 2.0, 1.0)))
+    ['layers=1,embed=16', 'layers=1,embed=8', 'layers=1,embed=8', 'layers=2,embed=8', 'layers=2,embed=8']
   """
   if min(width_bias, depth_bias) < 1:
     raise UserError(f"width_bias={width_bias}, depth_bias={depth_bias}; allowed are numbers of at least 1")

@@ -7,8 +7,10 @@ import collections
 import numpy as np
 import pytest
 
+from nestnet.choices import spaced
 from nestnet.errors import UserError
 from nestnet.sampling import Context, sampler
+from nestnet.slots import slots
 from nestnet.space import Space
 
 SPACE = Space(layers=(1, 2), mlp=(4, 8, 16))
@@ -28,7 +30,7 @@ def near(count, probability):
 @pytest.mark.parametrize("name, options", [
   ("sandwich", {"candidates": 2}), ("attentive", {}), ("uniform", {"n": 2}),
   ("sorted_nested", {}), ("sampled", {}), ("joint", {}),
-  ("largest", {})])
+  ("largest", {}), ("intact", {"n": 2})])
 def test_nothing_but_seed_and_step_decides(name, options):
   one, two = (sampler(name, SPACE, 7, **options) for _ in range(2))
   for step in (0, 1, 5, 10 ** 9):
@@ -237,3 +239,44 @@ def test_large_spaces_need_named_granularities():
   for name in ("joint", "sampled"):
     with pytest.raises(UserError, match="9 members, too many.*space.pool or sampler.members"):
       sampler(name, space, 0)
+
+
+def test_an_intact_student_comes_before_elastic_ones():
+  drawn = sampler("intact", SPACE, 0, n=3)
+  terms = drawn.terms(4)
+  assert terms[0].candidates == (SPACE.largest,) and [t.weight for t in terms] == [1.0] + 3 * [1 / 3]
+  assert all(t.taught and t.regularised for t in terms) and not drawn.fixed
+  alone = sampler("intact", SPACE, 0, n=0)
+  assert alone.fixed and alone.terms(9) == terms[:1]
+  assert len(sampler("intact", SPACE, 0, n=2, whole_first=False).terms(0)) == 2
+  with pytest.raises(UserError, match="n=0 and whole_first=False"):
+    sampler("intact", SPACE, 0, n=0, whole_first=False)
+
+
+def test_elastic_students_come_as_often_as_the_list_has_them():
+  listed = slots(SPACE, 3.0, 2.0)
+  drawn = sampler("intact", SPACE, 5, n=1, width_bias=3.0, depth_bias=2.0)
+  # Without replacement: each walk over the list has every slot once, whatever the order.
+  for walk in (0, 7):
+    found = [drawn.terms(walk * len(listed) + i)[1].candidates[0] for i in range(len(listed))]
+    assert collections.Counter(found) == collections.Counter(listed)
+  assert [drawn.terms(i)[1] for i in range(len(listed))] != [drawn.terms(len(listed) + i)[1] for i in range(len(listed))]
+
+
+@pytest.mark.parametrize("space, biases, members, count, smallest", [
+  # Published: ViT, Swin (by its code), ResNet. The largest, which is never drawn, has one more slot.
+  (Space(layers=spaced(24, range(12, 25)), couple={
+    "embed heads mlp": [(w, w // 64, 4 * w) for w in range(384, 1025, 64)]}), (3.0, 3.0), 143, 572, 9),
+  (Space(layers_3=tuple(range(6, 19)), embed=(96, 112, 128)), (2.0, 2.0), 39, 88, 4),
+  (Space(layers_2=tuple(range(4, 9)), layers_3=tuple(range(6, 37)), width=(64, 96, 128)), (1.0, 2.0), 465, 698, 2)])
+def test_slots_are_those_of_poa(space, biases, members, count, smallest):
+  listed = collections.Counter(slots(space, *biases))
+  assert (len(space), listed.total(), listed[space.smallest]) == (members, count, smallest)
+  assert space.largest not in listed and len(listed) == members - 1
+
+
+def test_slots_that_cannot_be():
+  with pytest.raises(UserError, match="width_bias=0.5"):
+    slots(SPACE, 0.5)
+  with pytest.raises(UserError, match="no member beside the largest"):
+    slots(Space(mlp=(4,)))
