@@ -104,7 +104,7 @@ def test_crops_train():
   (config(crops=CROPS | {"local_crops_number": 0}), "no local; .* config.data.crops that make local"),
   (config(crops={"global_crop_size": 8}), "unknown key of config.data.crops 'global_crop_size'; did you mean "
    "'global_crops_size'"),
-  (config(crops={"global_crops_size": 12, "local_crops_number": 0}), "config.data.crops.global_crops_size: got 12"),
+  (config(crops={"global_crops_size": 12, "local_crops_number": 0}), "data.crops.global_crops_size: got 12"),
   (config(crops={}), "config.data.crops.global_crops_size: got 224, allowed: at most 8: the images of digits"),
   (config(crops=8), "config.data.crops: got 8, allowed is a dict, such as"),
   (config("language_modelling", name="stdlib_text", length=32), "config.data.crops are of images; stdlib_text is "
