@@ -57,6 +57,8 @@ class Objective:
       a sub-network's variables, for evaluation and extraction.
     needs: The entries of a batch that it reads, so that data that has them not is refused at the
       beginning; empty where it does not say.
+    task: What its networks are for, a name of `nestnet.evaluators.TASKS`, which decides how they are evaluated;
+      None: what the data is for.
   """
 
   loss: Callable[..., tuple[Any, dict[str, Any]]]
@@ -66,3 +68,4 @@ class Objective:
   update: Callable[..., Any] | None = None
   attach: Callable[..., Any] = _keep_variables
   needs: tuple[str, ...] = ()
+  task: str | None = None
