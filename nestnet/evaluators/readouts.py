@@ -23,6 +23,8 @@ from nestnet.objectives.health import unit
 Predict = Callable[[np.ndarray], np.ndarray]
 
 TEMPERATURE = 0.07
+# Programs are for widths that are multiples of this.
+WIDTHS = 64
 # Of the logistic regression: the inverse strength of its penalty, and of a large bank so many examples.
 C, FITTED = 1.0, 10_000
 # Of the probe; 12,500 steps are those of POA's on ImageNet.
@@ -56,8 +58,8 @@ def knn(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, ks: Sequence[
     [[0], [0]]
   """
   check_bank(len(bank), ks)
-  known = jax.device_put((np.asarray(bank, np.float32), np.asarray(labels, np.int32)))
-  found = [_knn(*known, batch, tuple(ks), classes, temperature) for batch in batches(queries)]
+  known = jax.device_put((widened(bank), np.asarray(labels, np.int32)))
+  found = [_knn(*known, batch, tuple(ks), classes, temperature) for batch in batches(widened(queries))]
   return np.concatenate(list(map(np.asarray, found)), axis=-1)[:, :len(queries)]
 
 
@@ -72,9 +74,17 @@ def knn_of_draws(bank: np.ndarray, labels: np.ndarray, draws: np.ndarray, querie
     ValueError: As `knn`.
   """
   check_bank(draws.shape[1], ks)
-  known = jax.device_put((np.asarray(bank, np.float32), np.asarray(labels, np.int32), draws))
-  found = [_draws(*known, batch, tuple(ks), classes, temperature) for batch in batches(queries)]
+  known = jax.device_put((widened(bank), np.asarray(labels, np.int32), draws))
+  found = [_draws(*known, batch, tuple(ks), classes, temperature) for batch in batches(widened(queries))]
   return np.concatenate(list(map(np.asarray, found)), axis=-1)[..., :len(queries)]
+
+
+def widened(features: np.ndarray) -> np.ndarray:
+  """Features with zeros behind them up to a multiple of 64, float32 `[examples, dim]`.
+
+  Angles and singular values stay what they are, and one program serves networks of several widths.
+  """
+  return np.pad(np.asarray(features, np.float32), ((0, 0), (0, -features.shape[-1] % WIDTHS)))
 
 
 def check_bank(size: int, ks: Sequence[int]) -> None:
@@ -180,9 +190,10 @@ def probe(bank: np.ndarray, labels: np.ndarray, held: np.ndarray, held_labels: n
   rng = np.random.default_rng(seed)
   epochs = [rng.permutation(len(bank)) for _ in range(-(-steps * size // len(bank)))]
   order = np.concatenate(epochs)[:steps * size].reshape(steps, size).astype(np.int32)
-  made = _probes(scaler.transform(bank).astype(np.float32), labels.astype(np.int32), order,
+  made = _probes(widened(scaler.transform(bank)), labels.astype(np.int32), order,
                  np.asarray(sorted(rates), np.float32), classes)
   weights, biases = jax.device_get(made)
+  weights = weights[:, :bank.shape[1]]
   every = (scaler.transform(held) @ weights + biases[:, None]).argmax(-1)
   best = int(np.mean(every == held_labels, axis=-1).argmax())
   return lambda queries: (scaler.transform(queries) @ weights[best] + biases[best]).argmax(-1)

@@ -25,7 +25,7 @@ READOUTS = ("logistic", "probe")
 # Features of which the health is told.
 HEALTH = 2048
 
-_health = jax.jit(lambda features: (feature_std(features), effective_rank(features)))
+_std, _rank = jax.jit(feature_std), jax.jit(effective_rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,4 +195,7 @@ def measured(fitted: Fitted, data: Mapping[str, np.ndarray]) -> Iterator[tuple[s
     yield name, share(predict(queries))
   yield from ((f"knn_k{k}", value) for k, value in few.items())
   yield from ((f"knn_full_k{k}", value) for k, value in full.items())
-  yield from zip(("feature_std", "effective_rank"), map(float, _health(queries[:HEALTH])))
+  some = readouts.widened(queries[:HEALTH])
+  # The zeros behind features count as dimensions.
+  yield "feature_std", float(_std(some)) * some.shape[-1] / queries.shape[-1]
+  yield "effective_rank", float(_rank(some))
