@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import threadpoolctl
 from sklearn import exceptions, linear_model, preprocessing
 
 from nestnet.errors import UserError
@@ -25,8 +26,10 @@ Predict = Callable[[np.ndarray], np.ndarray]
 TEMPERATURE = 0.07
 # Programs are for widths that are multiples of this.
 WIDTHS = 64
-# Of the logistic regression: the inverse strength of its penalty, and of a large bank so many examples.
-C, FITTED = 1.0, 10_000
+# Of the logistic regression: inverse strengths of its penalty, and of a large bank so many examples.
+CS, FITTED = (0.01, 0.1, 1.0), 10_000
+# Products of fewer multiplications than this take longer by several threads, which wait for one another.
+THREADED = 2 ** 30
 # Of the probe; 12,500 steps are those of POA's on ImageNet.
 RATES, EPOCHS, STEPS, BATCH = (0.01, 0.03, 0.1, 0.3, 1.0), 10, (300, 12_500), 256
 
@@ -140,15 +143,18 @@ def stratified(labels: np.ndarray, classes: int, each: int, draws: int, seed: in
                    for _ in range(draws)]).astype(np.int32)
 
 
-def logistic(bank: np.ndarray, labels: np.ndarray) -> Predict:
-  """Logistic regression by scikit-learn on standardised features, with the penalty of C = 1.
+def logistic(bank: np.ndarray, labels: np.ndarray, held: np.ndarray, held_labels: np.ndarray,
+             cs: Sequence[float] = CS) -> Predict:
+  """Logistic regression by scikit-learn on standardised features.
 
-  Nothing is chosen, so there is nothing to choose on a split that is evaluated. Of a bank of more than 10,000
-  so many count, evenly spread.
+  Of a bank of more than 10,000 examples so many count, evenly spread.
 
   Args:
     bank: `[examples, dim]`.
     labels: `[examples]`, of at least two classes.
+    held: `[held, dim]`, by which the penalty is chosen: the strongest of those that are best.
+    held_labels: `[held]`.
+    cs: Scikit-learn's C, inverse strengths of the penalty, to choose from.
 
   Returns:
     From features `[queries, dim]` to classes `[queries]`.
@@ -156,11 +162,15 @@ def logistic(bank: np.ndarray, labels: np.ndarray) -> Predict:
   count = min(len(bank), FITTED)
   some = np.arange(count) * len(bank) // count
   scaler = preprocessing.StandardScaler().fit(bank[some])
-  model = linear_model.LogisticRegression(C=C, max_iter=1000)
-  with warnings.catch_warnings():
+  known, classes = scaler.transform(bank[some]), len(np.unique(labels))
+  models = [linear_model.LogisticRegression(C=c, max_iter=1000) for c in sorted(cs)]
+  threads = 1 if known.size * classes < THREADED else None
+  with warnings.catch_warnings(), threadpoolctl.threadpool_limits(threads):
     # Features of which one is nearly a sum of others converge slowly, and predict as well long before.
     warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-    model.fit(scaler.transform(bank[some]), labels[some])
+    for model in models:
+      model.fit(known, labels[some])
+  model = max(models, key=lambda model: np.mean(model.predict(scaler.transform(held)) == held_labels))
   return lambda queries: model.predict(scaler.transform(queries))
 
 

@@ -136,7 +136,7 @@ def fit_features(features: Callable[[np.ndarray], np.ndarray], dataset: Dataset,
   held, held_labels = _read(features, [arrays(dataset, "validation", chosen.examples)])
   found = readouts.knn(bank, labels, held, chosen.knn_k, dataset.classes)
   right = dict(zip(chosen.knn_k, np.mean(found == held_labels, axis=-1)))
-  learn = {"logistic": lambda: readouts.logistic(bank, labels),
+  learn = {"logistic": lambda: readouts.logistic(bank, labels, held, held_labels),
            "probe": lambda: readouts.probe(bank, labels, held, held_labels, dataset.classes)}
   draws = readouts.stratified(labels, dataset.classes, chosen.knn_labels, DRAWS)
   return Fitted(features, bank, labels, draws, dataset.classes, chosen.knn_k,

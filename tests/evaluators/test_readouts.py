@@ -87,16 +87,24 @@ def test_a_bank_smaller_than_k_is_said(ks, got):
 
 
 def test_logistic_regression_is_scikit_learns(monkeypatch):
-  (bank, labels), queries = clusters(0, 200), clusters(1, 100)[0]
-  found = readouts.logistic(bank, labels)(queries)
-  scaler = preprocessing.StandardScaler().fit(bank)
-  same = linear_model.LogisticRegression(C=1.0, max_iter=1000).fit(scaler.transform(bank), labels)
-  np.testing.assert_array_equal(found, same.predict(scaler.transform(queries)))
+  (bank, labels), (held, known), queries = clusters(0, 200), clusters(1, 100), clusters(2, 100)[0]
+
+  def same(bank, labels, c):
+    scaler = preprocessing.StandardScaler().fit(bank)
+    model = linear_model.LogisticRegression(C=c, max_iter=1000).fit(scaler.transform(bank), labels)
+    return lambda some: model.predict(scaler.transform(some))
+
+  made = lambda *cs: readouts.logistic(bank, labels, held, known, cs)(queries)
+  for c in (1e-4, 1.0):
+    np.testing.assert_array_equal(made(c), same(bank, labels, c)(queries))
+  # The strongest penalty of those that predict held-out examples best.
+  cs = (1.0, 1e-5, 1e-2, 1.0001)
+  shares = {c: np.mean(same(bank, labels, c)(held) == known) for c in sorted(cs)}
+  best = max(shares, key=shares.get)
+  assert shares[best] > min(shares.values())
+  np.testing.assert_array_equal(made(*cs), same(bank, labels, best)(queries))
   monkeypatch.setattr(readouts, "FITTED", 50)
-  few = linear_model.LogisticRegression(C=1.0, max_iter=1000)
-  scaler = preprocessing.StandardScaler().fit(bank[::4])
-  few.fit(scaler.transform(bank[::4]), labels[::4])
-  np.testing.assert_array_equal(readouts.logistic(bank, labels)(queries), few.predict(scaler.transform(queries)))
+  np.testing.assert_array_equal(made(1.0), same(bank[::4], labels[::4], 1.0)(queries))
 
 
 def test_the_probe_takes_the_rate_that_is_best_on_held_out_examples():
@@ -106,6 +114,6 @@ def test_the_probe_takes_the_rate_that_is_best_on_held_out_examples():
   # A rate of 0 leaves it at zeros, where all is of class 0.
   made = lambda known, *rates: readouts.probe(bank, labels, held, known, CLASSES, rates)(queries)
   found = made(known, 0.3, 0.0, 0.03)
-  assert share(found) > share(readouts.logistic(bank, labels)(queries)) - 0.05 > 0.6
+  assert share(found) > share(readouts.logistic(bank, labels, held, known)(queries)) - 0.05 > 0.6
   np.testing.assert_array_equal(found, made(known, 0.3, 0.0, 0.03))
   assert not made(0 * known, 0.3, 0.0, 0.03).any()

@@ -80,7 +80,7 @@ def test_rows_are_readouts_of_each_members_features(finished):
   assert small["knn"] == small["knn_k5"] == near(np.mean(each)) and len(set(each)) > 1
   full = [share(x) for x in readouts.knn(bank, labels, test, (1, 5, 20), 10)]
   assert [small[f"knn_full_k{k}"] for k in (1, 5, 20)] == near(full)
-  assert small["logistic"] == near(share(readouts.logistic(bank, labels)(test)))
+  assert small["logistic"] == near(share(readouts.logistic(bank, labels, held, known)(test)))
   assert small["probe"] == near(share(readouts.probe(bank, labels, held, known, 10)(test)))
   chosen = max((1, 5, 20), key=lambda k: small[f"validation_knn_full_k{k}"])
   assert small["knn_full"] == small[f"knn_full_k{chosen}"]
