@@ -29,7 +29,7 @@ def main(argv):
 
 
 def train(place):
-  from nestnet import evaluation, processes, report, runs
+  from nestnet import evaluation, processes, references, report, runs
   with processes.joined(place):
     finished = runs.train(CONFIG.value, WORKDIR.value)
     if not processes.first():
@@ -39,6 +39,8 @@ def train(place):
       return
     rows = report.read_rows(f"{WORKDIR.value}/subnets.json")
     print(report.table(evaluation.shown(rows)))
+    if beside := references.written(WORKDIR.value):
+      print(f"without training:\n{beside}")
     print(evaluation.budget_text(rows[0]))
     print(f"written: {WORKDIR.value}/subnets.json, {WORKDIR.value}/pareto.png")
 

@@ -20,7 +20,7 @@ from nestnet.cli import check_fields
 from nestnet.data import Batches, Dataset, Text, augmentation
 from nestnet.data.crops import ENTRIES as OF_CROPS
 from nestnet.errors import UserError, one_of
-from nestnet.evaluators import TASKS, Task
+from nestnet.evaluators import TASKS, Task, task_of
 from nestnet.execution import Supernet, module_of
 from nestnet.imports import by_path
 from nestnet.initial import Parent
@@ -55,7 +55,7 @@ class Run:
 
   @property
   def task(self) -> Task:
-    return TASKS[self.dataset.task]
+    return task_of(self.step.recipe.objective, self.dataset)
 
   @property
   def step(self) -> Step:
@@ -106,7 +106,10 @@ def build(config: Mapping[str, Any], mesh: Mapping[str, int] | None = None) -> R
     config["mesh"] = {axis: here.shape[axis] for axis in config["mesh"]}
   phases = _phases(config, dataset, here, trains=mesh is None)
   batches = _batches(config, dataset, here, entries_of(dataset, phases))
-  return Run(config, dataset, batches, phases, beside.members(config, phases[-1].step.supernet))
+  run = Run(config, dataset, batches, phases, beside.members(config, phases[-1].step.supernet))
+  if run.task.check:
+    run.task.check(dataset, config.get("eval") or {})
+  return run
 
 
 def planned(config: Mapping[str, Any], devices: Sequence[Any]
@@ -229,7 +232,7 @@ def _check(config: Mapping[str, Any]) -> None:
       if not (isinstance(value or [], list) and all(isinstance(x, str) and x.strip() for x in value or [])):
         raise UserError(f"config.eval.members: got {value!r}, allowed is a tuple of texts, such as "
                         "('mlp=64', 'mlp=64:64:128:128')")
-    elif key != "mix" and (not isinstance(value, int) or value < 1):
+    elif key not in ("mix", "knn_k", "readouts") and (not isinstance(value, int) or value < 1):
       raise UserError(f"config.eval.{key}: got {value}, allowed is a whole number of at least 1")
   check_data(config["data"])
   for phase in config.get("phases") or ():
@@ -319,7 +322,10 @@ def _supernet(config: dict[str, Any], dataset: Dataset | Text) -> Supernet:
   name = fields.pop("name")
   made = model_class(name)
   check_fields(fields, made)
+  # What is used by its features has no head, unless the config asks for one.
+  headless = task_of(objective(**config["recipe"]["objective"]), dataset).output != "logits"
   for key, size in dataset.sizes.items():
+    size = 0 if headless else size
     if key in {f.name for f in dataclasses.fields(made)} and fields.setdefault(key, size) < size:
       raise UserError(f"config.model.{key}: got {fields[key]}, allowed is at least {size}, as {dataset.name} "
                       "has it; or leave it out")

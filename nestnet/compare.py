@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from nestnet import build, charts, cli, evaluation, metrics, report, runs
+from nestnet import build, charts, cli, evaluation, metrics, references, report, runs
 from nestnet.errors import UserError, one_of
 from nestnet.files import atomic_write
 from nestnet.jobs import BASELINE, Task, train_all
@@ -61,10 +61,12 @@ def compare(configs: Sequence[Mapping[str, Any]], seeds: int, out: str | os.Path
   _settled(tasks)
   if not train_all(tasks, jobs):
     return None
-  results = gather(tasks, budgets)
+  results, beside = gather(tasks, budgets), untrained(tasks, out / "runs" / "references")
   atomic_write(out / "results.json", json.dumps({
-    "command": command, "hardware": hardware(), "jobs": jobs, "results": results}, indent=1) + "\n")
-  return write_page(page, results, tasks, jobs, command)
+    "command": command, "hardware": hardware(), "jobs": jobs, "results": results} | (
+      {"references": [{"family": list(family), "rows": seeds} for family, seeds in beside.items()]}
+      if beside else {}), indent=1) + "\n")
+  return write_page(page, results, tasks, jobs, command, beside)
 
 
 def override(config: ml_collections.ConfigDict, text: str) -> None:
@@ -115,10 +117,7 @@ def _families(configs: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], lis
   """Configs by the sizes that they compare."""
   families: dict[tuple[str, ...], list[dict[str, Any]]] = {}
   for config in map(build.plain, configs):
-    whole = config
-    if config["recipe"]["name"] == BASELINE:
-      whole = config | {"recipe": {k: v for k, v in config["recipe"].items() if k != "subnet"}}
-    run = build.build(whole)
+    run = _whole(config) if config["recipe"]["name"] == BASELINE else build.build(config)
     space = run.supernet.space
     # With what a run records of its data, so that a folder is of the same one.
     config = config | {"data": run.config["data"]}
@@ -272,13 +271,51 @@ def gather(tasks: Sequence[Task], budgets: Sequence[str] = BUDGETS) -> list[dict
             "family": list(family), "budget": budget, "recipe": recipe, "subnet": size,
             **{key: cells[min(cells)][key] for key in ("params", "flops")}, "seeds": sorted(cells),
             **{key: [cells[seed][key] for seed in sorted(cells)] for key in (
-              metric, f"validation_{metric}", "steps", "train_flops", "seconds")}})
+              metric, f"validation_{metric}", *_beside(cells[min(cells)]), "steps", "train_flops", "seconds")}})
   return records
 
 
-def result(record: Mapping[str, Any]) -> report.Result:
-  """A record as tables and charts take it; steps and FLOPs are means over seeds."""
-  mean, metric = lambda values: sum(values) / len(values), metrics.main(record).name
+def _beside(row: Mapping[str, Any]) -> list[str]:
+  """The metrics that are shown beside the main one."""
+  return [metric.name for metric in metrics.READOUTS if metric.name in row]
+
+
+def untrained(tasks: Sequence[Task], folder: pathlib.Path
+              ) -> dict[tuple[str, ...], list[list[dict[str, Any]]]]:
+  """The references of each family, seed by seed; none where its task has none.
+
+  Args:
+    tasks: The runs of a comparison.
+    folder: Keeps the rows of each family and seed.
+  """
+  found: dict[tuple[str, ...], list[list[dict[str, Any]]]] = {}
+  for family in dict.fromkeys(task.family for task in tasks):
+    configs = {task.seed: task.config for task in tasks if task.family == family}
+    if not _whole(configs[min(configs)]).task.fit:
+      continue
+    for seed in sorted(configs):
+      path = folder / "+".join(_axes(family)) / f"seed{seed}.json"
+      if not path.exists():
+        run = _whole(configs[seed])
+        members = list(map(run.supernet.space.subnet, family))
+        report.write_rows(path, references.references(run, members, ("test",)))
+      found.setdefault(family, []).append(report.read_rows(path))
+  return found
+
+
+def _whole(config: Mapping[str, Any]) -> build.Run:
+  """The run of a whole family, even where the config's is of one size alone."""
+  return build.build(config | {"recipe": {k: v for k, v in config["recipe"].items() if k != "subnet"}})
+
+
+def result(record: Mapping[str, Any], metric: str = "") -> report.Result:
+  """A record as tables and charts take it; steps and FLOPs are means over seeds.
+
+  Args:
+    record: As from `gather`.
+    metric: Which of its metrics; by default the main one.
+  """
+  mean, metric = lambda values: sum(values) / len(values), metric or metrics.main(record).name
   return report.Result(
     recipe=record["recipe"], budget=record["budget"], subnet=record["subnet"], params=record["params"],
     flops=record["flops"], accuracies=tuple(record[metric]),
@@ -286,8 +323,18 @@ def result(record: Mapping[str, Any]) -> report.Result:
 
 
 def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: Sequence[Task],
-               jobs: int, command: str) -> str:
-  """Writes the page and one chart for each family; returns the tables."""
+               jobs: int, command: str,
+               beside: Mapping[tuple[str, ...], Sequence[Sequence[Mapping[str, Any]]]] | None = None) -> str:
+  """Writes the page and one chart for each family; returns the tables.
+
+  Args:
+    page: Where to.
+    records: As from `gather`.
+    tasks: The runs.
+    jobs: How many trained at a time.
+    command: What the page names as its command.
+    beside: As from `untrained`.
+  """
   config, recipe_names = tasks[0].config, list(dict.fromkeys(t.recipe for t in tasks))
   seeds = sorted({task.seed for task in tasks})
   text, tables = [f"# Recipes on {config['data']['name']}: {', '.join(recipe_names)}", ""], []
@@ -303,7 +350,8 @@ def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: 
   if "sha256" in config["data"]:
     text.append(f"- {config['data']['name']}: sha256 {config['data']['sha256']}")
   for number, family in enumerate(dict.fromkeys(task.family for task in tasks)):
-    results = [result(record) for record in records if tuple(record["family"]) == family]
+    own = [record for record in records if tuple(record["family"]) == family]
+    results = [result(record) for record in own]
     axes = ", ".join(_kinds(family))
     chart = page.with_name("_".join([page.stem, *(_kinds(family) if number else [])]) + ".png")
     shared = f"{len(seeds)} seeds, batch {config['train']['batch_size']}, mean and 95% interval"
@@ -311,6 +359,9 @@ def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: 
     part = [report.compare_table(results)]
     if BASELINE in {r.recipe for r in results} and len({r.recipe for r in results}) > 1:
       part.append(report.difference_table(results, BASELINE))
+    part += [report.compare_table([result(record, metric) for record in own]) for metric in _beside(own[0])]
+    if family in (beside or {}):
+      part.append(references.table(beside[family]))
     title = report.sentence(metrics.of(results[0].metric).title)
     text += ["", f"## Sizes along {axes}", "", f"![{title} against size]({chart.name})", "", *(
       "\n\n".join(part).split("\n"))]

@@ -99,13 +99,13 @@ def evaluate(run: Run, state: TrainState, subnets: Iterable[Subnet], splits: Seq
   subnets, images = list(subnets), calibration(run, run.supernet)
   if images:
     spent["calibration_images"] = sum(map(len, images))
-  one = _as_data(run.step, max(len(subnets), expected))
+  one = _as_data(run.step, max(len(subnets), expected)) if task.evaluate_all else None
   share = subnets[jax.process_index()::jax.process_count()]
   progress = Progress(len(share), label="evaluate") if show_progress and processes.first() else None
   rows = []
   variables = {"params": run.step.weights(state)["model"], **state.fixed}
   found = _together(task, one, variables, share, images, data) if one else (
-    _metrics(task, *member(run.step, state, subnet, images), data, subnet) for subnet in share)
+    measure(run, *member(run.step, state, subnet, images), data, subnet) for subnet in share)
   for subnet, measured in zip(share, found):
     row = {"subnet": str(subnet), **costs(run.supernet, subnet)}
     rows.append(row | measured | spent)
@@ -140,7 +140,7 @@ def _together(task: Task, one: OneProgram, variables: Mapping[str, Any], subnets
     # The last ones are filled up, so that one program serves all.
     vectors = np.stack([one.vector(some[min(i, len(some) - 1)]) for i in range(TOGETHER)])
     statistics = calibrate_all(one, variables, vectors, images) if images else {}
-    found = _on_splits(
+    found = on_splits(
       data, lambda examples: task.evaluate_all(one, variables, statistics, vectors, examples))
     yield from ({name: float(values[i]) for name, values in found.items()} for i in range(len(some)))
 
@@ -150,13 +150,24 @@ def held(run: Run, split: str) -> dict[str, np.ndarray]:
   return arrays(run.dataset, split, (run.config.get("eval") or {}).get("examples") or 0)
 
 
-def _metrics(task: Task, module: nn.Module, variables: Mapping[str, Any], data: Mapping[str, Any],
-             subnet: Subnet) -> dict[str, float]:
-  return _on_splits(data, lambda examples: task.evaluate(module, variables, examples, subnet))
+def measure(run: Run, module: nn.Module, variables: Mapping[str, Any], data: Mapping[str, Any],
+            subnet: Subnet) -> dict[str, float]:
+  """Metrics of a network on splits, by the names of columns.
+
+  Args:
+    run: For whose task it is evaluated.
+    module: The network.
+    variables: Its variables.
+    data: As from `held`, by split.
+    subnet: Which member it is.
+  """
+  task = run.task
+  fitted = (task.fit(module, variables, subnet, run.dataset, run.config.get("eval") or {}),) if task.fit else ()
+  return on_splits(data, lambda examples: task.evaluate(module, variables, examples, subnet, *fitted))
 
 
-def _on_splits(data: Mapping[str, Any], evaluator: Callable[[Any], Iterable[tuple[str, Any]]]
-               ) -> dict[str, Any]:
+def on_splits(data: Mapping[str, Any], evaluator: Callable[[Any], Iterable[tuple[str, Any]]]
+              ) -> dict[str, Any]:
   """Metrics on some splits, those of others than the test split with a prefix."""
   return {("" if split == "test" else f"{split}_") + name: value for split, examples in data.items()
           for name, value in evaluator(examples)}
@@ -227,7 +238,7 @@ def by_calibration(run: Run, state: TrainState, subnet: Subnet, counts: Sequence
       variables |= supernet.cut({STATISTICS: largest[STATISTICS]}, subnet)
     rows.append({"subnet": str(subnet), "calibration_batches": count,
                  "calibration_images": sum(map(len, images[:count]))} |
-                _metrics(run.task, module, variables, data, subnet))
+                measure(run, module, variables, data, subnet))
   return rows
 
 
@@ -309,11 +320,11 @@ def budget_text(row: Mapping[str, Any]) -> str:
 
 def calibration_table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Rows of `by_calibration` as a table for the terminal."""
-  names = [name for name in rows[0] if name.endswith("accuracy")]
+  names = [name for name in rows[0] if name.endswith(metrics.main(rows[0]).name)]
   lines = [("batches", "images", *(name.replace("_", " ") for name in names))]
   for row in rows:
     batches = str(row["calibration_batches"]) if row["calibration_batches"] else "0 (the largest's, cut)"
-    lines.append((batches, str(row["calibration_images"]), *(f"{row[name]:.1%}" for name in names)))
+    lines.append((batches, str(row["calibration_images"]), *(metrics.of(name).text(row[name]) for name in names)))
   return report.aligned(lines)
 
 
@@ -321,7 +332,7 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   """The columns of rows that a table of them shows."""
   measured = itertools.chain(*((f"validation_{metric.name}", metric.name) for metric in metrics.MAIN))
   columns = ("subnet", "params", "flops", "latency_ms", *measured,
-             *(metric.name for metric in (metrics.PERPLEXITY, metrics.AGREEMENT, metrics.KL)))
+             *(metric.name for metric in (*metrics.READOUTS, metrics.PERPLEXITY, metrics.AGREEMENT, metrics.KL)))
   return [{c: row[c] for c in columns if c in row} for row in rows]
 
 
@@ -335,8 +346,8 @@ def watch(run: Run, step: Step, state: TrainState) -> dict[str, float]:
   state = local(state)
   if not processes.first():
     return {}
-  examples, space = held(run, "validation"), step.supernet.space
+  data, space = {"validation": held(run, "validation")}, step.supernet.space
   images = calibration(run, step.supernet)
-  return {f"{which}_validation_{name}": value
+  return {f"{which}_{name}": value
           for which, subnet in (("largest", space.largest), ("smallest", space.smallest))
-          for name, value in run.task.evaluate(*member(step, state, subnet, images), examples, subnet)}
+          for name, value in measure(run, *member(step, state, subnet, images), data, subnet).items()}

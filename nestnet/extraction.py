@@ -86,8 +86,8 @@ def extract_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], su
     format: Of the folder, one of `FORMATS`; `nestnet.load` reads either.
 
   Returns:
-    Its row, and the largest difference of logits between the folder's network and the slice in
-    place, on validation data.
+    Its row, and the largest difference of logits, or of features where these are what networks are for, between
+    the folder's network and the slice in place, on validation data.
 
   Raises:
     ValueError: Nothing fits the budgets, or the sub-network is outside the space, or the format cannot
@@ -150,7 +150,9 @@ def _tokenizer(run: Run) -> pathlib.Path | None:
 
 def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLike[str],
            calibration: Sequence[np.ndarray] = ()) -> float:
-  """The largest difference of logits: the network in `folder` against the slice in place.
+  """The largest difference of outputs: the network in `folder` against the slice in place.
+
+  They are logits, or features where these are what the run's networks are for.
 
   Args:
     run: The run.
@@ -160,7 +162,7 @@ def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLik
     calibration: Batches of images that gave its statistics; the slice is calibrated on them anew.
 
   Raises:
-    Failure: They differ by more than 1e-5 of the largest logit.
+    Failure: They differ by more than 1e-5 of the largest output.
   """
   some = {name: values[:VERIFIED] for name, values in evaluation.held(run, "validation").items()}
   inputs = resized(run.task.first(some), subnet)
@@ -168,12 +170,13 @@ def verify(run: Run, state: TrainState, subnet: Subnet, folder: str | os.PathLik
   if hasattr(module, "dtype"):
     # Of another format it is that of the weights.
     module = module.clone(dtype=run.supernet.model.dtype)
-  alone = jax.jit(lambda v, x: module.apply(v, x)["logits"])(variables, inputs)
+  output = run.task.output
+  alone = jax.jit(lambda v, x: module.apply(v, x)[output])(variables, inputs)
   place = Runnable(subnet, lambda s: run.step.member(s["state"], subnet), run.supernet.module(subnet))
   state = {"state": state}
   recorded = jax.jit(lambda s, x: moments(place, s, x))
   stats = {STATISTICS: average(functools.partial(recorded, state), calibration)} if len(calibration) else {}
-  within = jax.jit(lambda s, stats, x: place.module.apply(place.cut(s) | stats, x)["logits"])(
+  within = jax.jit(lambda s, stats, x: place.module.apply(place.cut(s) | stats, x)[output])(
     state, stats, inputs)
   alone, within = np.asarray(alone, np.float32), np.asarray(within, np.float32)
   difference = float(np.abs(alone - within).max())

@@ -17,6 +17,7 @@ class Metric:
     scale: What a value is multiplied by to be shown.
     unit: What stands behind a value that is shown.
     decimals: Digits that tables of comparisons show.
+    words: What it is called, where that is not its name.
 
   Example:
     >>> of("validation_accuracy").text(0.9712), of("bits_per_byte").text(1.5), of("speed").text(12345.6)
@@ -28,11 +29,12 @@ class Metric:
   scale: float = 1.0
   unit: str = ""
   decimals: int | None = None
+  words: str = ""
 
   @property
   def title(self) -> str:
     """The name in words."""
-    return self.name.replace("_", " ")
+    return self.words or self.name.replace("_", " ")
 
   @property
   def note(self) -> str:
@@ -65,11 +67,16 @@ LOSS = Metric("loss", lower_is_better=True)
 # How alike a network and a larger one are: `nestnet.evaluators.consistency`.
 AGREEMENT = Metric("agreement", scale=100.0, unit="%", decimals=1)
 KL = Metric("kl", lower_is_better=True, decimals=4)
+# Accuracies of readouts of features: `nestnet.evaluators.representation`.
+KNN = Metric("knn", scale=100.0, unit="%", decimals=1, words="k-NN accuracy with few labels")
+READOUTS = (Metric("knn_full", scale=100.0, unit="%", decimals=1, words="k-NN accuracy with all labels"),
+            Metric("logistic", scale=100.0, unit="%", decimals=1, words="accuracy of logistic regression"),
+            Metric("probe", scale=100.0, unit="%", decimals=1, words="accuracy of a linear probe"))
 # By which networks are chosen and compared, one for each task.
-MAIN = (ACCURACY, BITS_PER_BYTE)
-_KNOWN = (*MAIN, PERPLEXITY, LOSS, AGREEMENT, KL)
+MAIN = (ACCURACY, BITS_PER_BYTE, KNN)
+_KNOWN = (*MAIN, *READOUTS, PERPLEXITY, LOSS, AGREEMENT, KL)
 # What a progress bar says of a step or a row.
-PROGRESS = ("loss", "accuracy", "bits_per_token", "bits_per_byte")
+PROGRESS = ("loss", "accuracy", "bits_per_token", "bits_per_byte", "knn")
 
 
 def of(column: str) -> Metric:

@@ -32,7 +32,7 @@ GROUPS: dict[str, dict[str, type]] = {
             "execution": str, "per_shard_subnets": bool, "accumulate": int},
   "mesh": {"data": int, "fsdp": int, "model": int},
   "eval": {"calibrate_images": int, "calibrate_batch_size": int, "examples": int, "members": tuple,
-           "mix": str},
+           "mix": str, "bank": int, "knn_k": tuple, "knn_labels": int, "readouts": tuple},
 }
 # Groups whose keys depend on the model.
 OF_MODEL = ("model", "space")

@@ -232,12 +232,12 @@ def compare_table(results: Sequence[Result]) -> str:
       cells = grid.row(size, lambda result: interval(result.accuracies))
       best = max(as_shown(mean) for mean, _ in cells.values())
       lines.append([folded(size[2]), human(size[0]), human(size[1])] + [
-          _estimate(cells.get(recipe), metric, lambda mean, _: as_shown(mean) == best)
+          estimate(cells.get(recipe), metric, lambda mean, _: as_shown(mean) == best)
           for recipe in grid.recipes])
     spent = [f"- {recipe}: {_spent(grid.of(recipe))}" for recipe in grid.recipes]
     sections.append("\n".join([
         f"### {sentence(budget)}", "", f"Test {metric.in_tables}, mean ± 95% interval over seeds.",
-        "", _markdown_table(lines), "", *spent]))
+        "", markdown_table(lines), "", *spent]))
   return "\n\n".join(sections)
 
 
@@ -261,12 +261,12 @@ def difference_table(results: Sequence[Result], baseline: str = "separate") -> s
         continue
       cells = grid.row(size, lambda result: paired_difference(result.accuracies, reference.accuracies))
       lines.append([folded(size[2]), human(size[0])] + [
-          _estimate(cells.get(recipe), grid.metric, lambda mean, half: abs(mean) > half, "+z")
+          estimate(cells.get(recipe), grid.metric, lambda mean, half: abs(mean) > half, "+z")
           for recipe in others])
     sections.append("\n".join([
         f"### {sentence(budget)}: difference to {baseline}", "",
         f"{_differences(grid.metric, baseline)}, paired by seed, mean ± 95% interval; bold: the interval "
-        "excludes zero.", "", _markdown_table(lines)]))
+        "excludes zero.", "", markdown_table(lines)]))
   return "\n\n".join(sections)
 
 
@@ -358,14 +358,15 @@ def _metric(name: str, value: Any) -> str:
   return metrics.of(name).text(value)
 
 
-def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+  """Lines of cells, the first of them the header, as Markdown."""
   header, *body = (f"| {' | '.join(line)} |" for line in lines)
   return "\n".join([header, "|:--" + "|--:" * (len(lines[0]) - 1) + "|", *body])
 
 
-def _estimate(
-    value: tuple[float, float] | None, metric: metrics.Metric, bold: Callable[[float, float], bool],
-    sign: str = "") -> str:
+def estimate(
+    value: tuple[float, float] | None, metric: metrics.Metric,
+    bold: Callable[[float, float], bool] = lambda mean, half: False, sign: str = "") -> str:
   """A mean and its half-width as the metric is shown; the mean alone for a single seed."""
   if value is None:
     return "-"

@@ -1,7 +1,7 @@
 """The folder of a run: started, gone on with, opened.
 
 A workdir holds `config.json` (resolved), `metrics.jsonl`, TensorBoard events, `checkpoints/`,
-`subnets.json`, `pareto.png` and, once all is finished, `done`.
+`subnets.json`, `pareto.png`, where features are evaluated `references.json`, and, once all is finished, `done`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from nestnet import charts, evaluation, processes, provenance, report, training
+from nestnet import charts, evaluation, processes, provenance, references, report, training
 from nestnet.build import Run, build
 from nestnet.errors import MissingFileError, UserError
 from nestnet.checkpoint import Checkpoints
@@ -48,13 +48,16 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike[str], show_progr
   if state is None:
     return False
   rows = evaluation.evaluate(run, state, evaluation.evaluated(run), show_progress=show_progress)
-  processes.led(lambda: _finish(run, workdir, rows))
+  beside = references.references(run)
+  processes.led(lambda: _finish(run, workdir, rows, beside))
   return True
 
 
-def _finish(run: Run, workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _finish(run: Run, workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]],
+            beside: Sequence[Mapping[str, Any]]) -> None:
   """Writes what a run ends with."""
   report.write_rows(workdir / "subnets.json", rows)
+  references.write(workdir, beside)
   charts.pareto_chart(workdir / "pareto.png", rows, metric=run.task.metric.name, title=evaluation.title(run),
                       budget=evaluation.budget_text(rows[0]))
   atomic_write(workdir / "done", "")

@@ -35,20 +35,43 @@ def classification(module: nn.Module, variables: Any, data: Mapping[str, np.ndar
   Raises:
     ValueError: The network normalises by batch statistics and is not calibrated, or by those of another.
   """
-  inputs = Subnet(**{axis: size for axis, size in subnet.items() if axis in INPUTS})
-  logits = [_logits(module, inputs, variables, images) for images in batches(data["image"])]
+  inputs = seen_by(subnet)
+  logits = [output_of(module, inputs, variables, images, "logits") for images in batches(data["image"])]
   yield from metrics(np.concatenate(logits), data["label"])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(module, inputs, variables, images):
+def seen_by(subnet: Subnet) -> Subnet:
+  """What of a sub-network steers its images: their resolution."""
+  return Subnet(**{axis: size for axis, size in subnet.items() if axis in INPUTS})
+
+
+@functools.partial(jax.jit, static_argnames=("module", "inputs", "name"))
+def output_of(module: nn.Module, inputs: Subnet, variables: Any, images: np.ndarray, name: str) -> jax.Array:
+  """An entry of a network's outputs on images, one program for each network.
+
+  Args:
+    module: The network.
+    inputs: As from `seen_by`.
+    variables: Its variables.
+    images: `[batch, ...]`.
+    name: Such as `"logits"`.
+
+  Raises:
+    ValueError: As `classification`; or there is no such entry.
+  """
   images = resized(images, inputs)
   _check_own(module, variables)
   if STATISTICS in variables:
-    return module.apply(variables, images)["logits"]
+    return _named(module, module.apply(variables, images), name)
   outputs, recorded = module.apply(variables, images, mutable=[STATISTICS])
   _check_calibrated(module, recorded)
-  return outputs["logits"]
+  return _named(module, outputs, name)
+
+
+def _named(module, outputs, name):
+  if name not in outputs:
+    raise UserError(f"{type(module).__name__} gives {', '.join(outputs)}, no {name}, which its evaluation needs")
+  return outputs[name]
 
 
 def _check_calibrated(module, recorded):

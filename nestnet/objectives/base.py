@@ -81,7 +81,8 @@ class Objective:
     passes: From the shapes of an example's entries to the `Pass`es that FLOPs are counted of; None: one
       input as the data has it, for each network.
     watch: `(step, metrics) -> warning`: what the metrics of a step show to be wrong, or "".
-    task: What is evaluated, a name among `nestnet.evaluators.TASKS`; None: what the data is for.
+    task: What its networks are for, a name of `nestnet.evaluators.TASKS`, which decides how they are evaluated;
+      None: what the data is for.
   """
 
   loss: Callable[..., tuple[Any, dict[str, Any]]]
