@@ -272,8 +272,9 @@ class GroupNorm(nn.Module):
     groups = groups.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = groups.mean((1, 3), keepdims=True)
     var = jnp.square(groups - mean).mean((1, 3), keepdims=True)
-    normal = ((groups - mean) * jax.lax.rsqrt(var + self.epsilon)).reshape(x.shape)
-    return (normal * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)).astype(self.dtype)
+    factor = scale.reshape(1, 1, count, -1) * jax.lax.rsqrt(var + self.epsilon)
+    offset = bias.reshape(1, 1, count, -1) - mean * factor
+    return (groups * factor + offset).reshape(x.shape).astype(self.dtype)
 
 
 def _affine(norm, shape):
