@@ -16,7 +16,8 @@ ARCHITECTURES = {
   "BigNAS": "nestnet.models.big_nas:BigNAS", "AttentiveNAS": "nestnet.models.big_nas:AttentiveNAS",
   "ProxylessNAS": "nestnet.models.proxyless_nas:ProxylessNAS",
   "ResNet50D": "nestnet.models.resnet50d:ResNet50D",
-  "SmallResNet": "nestnet.models.small_resnet:SmallResNet"}
+  "SmallResNet": "nestnet.models.small_resnet:SmallResNet",
+  "Swin": "nestnet.models.swin:Swin"}
 
 
 def architecture(name: str) -> type[nn.Module]:
