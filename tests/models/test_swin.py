@@ -280,7 +280,7 @@ def test_as_data_equals_the_slice(variables, compiled):
   """Logits and gradients of members of both widths, the shift travelling with its layer."""
   one = OneProgram(NET)
   as_data = jax.jit(functools.partial(one.switch, loss_and_gradient))
-  for text in ("layers_2=0+2,expand_2=2:1,layers_1=1", "embed=4,layers_2=2,expand_2=1", ""):
+  for text in ("layers_2=0+2,expand_2=2:1,layers_1=1", "embed=4,layers_2=1+3,expand_2=1"):
     subnet = SPACE.subnet(text)
     (loss, logits), grads = as_data(one.vector(subnet), variables)
     (own, expected), alone = jax.jit(functools.partial(loss_and_gradient, NET.runnable(subnet)))(variables)
@@ -296,7 +296,7 @@ def test_as_data_equals_the_slice(variables, compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["separate", "truncate", "sandwich", "sorted", "matformer_sampled", "ofa"])
+@pytest.mark.parametrize("method", ["sandwich", "ofa"])
 def test_its_config_trains(method, tmp_path):
   """Two steps, or one for each phase, evaluation, and the smallest member extracted."""
   config = cli.load_config(f"{ROOT / 'configs' / 'digits_clutter_swin.py'}:{method}")
