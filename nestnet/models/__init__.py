@@ -17,7 +17,8 @@ ARCHITECTURES = {
   "ProxylessNAS": "nestnet.models.proxyless_nas:ProxylessNAS",
   "ResNet50D": "nestnet.models.resnet50d:ResNet50D",
   "SmallResNet": "nestnet.models.small_resnet:SmallResNet",
-  "ResNet": "nestnet.models.resnet:ResNet", "TinyResNet": "nestnet.models.tiny_resnet:TinyResNet"}
+  "ResNet": "nestnet.models.resnet:ResNet", "TinyResNet": "nestnet.models.tiny_resnet:TinyResNet",
+  "Swin": "nestnet.models.swin:Swin"}
 
 
 def architecture(name: str) -> type[nn.Module]:

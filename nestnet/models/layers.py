@@ -86,12 +86,25 @@ _mixed = jax.custom_vjp(_affine)
 _mixed.defvjp(lambda x, kernel, bias: (_affine(x, kernel, bias), (x, kernel, bias)), _derivative)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Scaled dot-product attention, `[batch, length, heads, head_dim]` to the same; scores in float32."""
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """Scaled dot-product attention; scores in float32.
+
+  Args:
+    q: `[batch, length, heads, head_dim]`.
+    k: As `q`.
+    v: As `q`.
+    bias: What is added to the scores, `[windows, heads, length, length]`; the examples of the batch stand
+      for these windows in turn.
+
+  Returns:
+    As `q`.
+  """
   # With the batch dimensions side by side XLA's products are faster on CPU.
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-  scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1])).astype(v.dtype)
+  scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+  if bias is not None:
+    scores = (scores.reshape(-1, *bias.shape) + bias[None]).reshape(scores.shape)
+  weights = jax.nn.softmax(scores).astype(v.dtype)
   return jnp.swapaxes(jnp.einsum("bhts,bhsd->bhtd", weights, v), 1, 2)
 
 
@@ -144,9 +157,10 @@ def rms_norm(name: str, axis: str = "embed", epsilon: float = 1e-6, dtype: Any =
 
 def layer_norm(name: str, axis: str = "embed", dtype: Any = jnp.float32,
                param_dtype: Any = jnp.float32) -> nn.LayerNorm:
-  """LayerNorm over the last dimension, which is called `axis`; statistics in float32."""
+  """LayerNorm over the last dimensions, which are called `axis`, such as `"4 embed"`; statistics in float32."""
+  last = tuple(range(-len(axis.split()), 0))
   return nn.LayerNorm(
-    epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, name=name,
+    epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, name=name, reduction_axes=last, feature_axes=last,
     scale_init=axes(nn.initializers.ones, f"-> {axis}"),
     bias_init=axes(nn.initializers.zeros, f"-> {axis}"))
 
@@ -163,7 +177,7 @@ def layer_scaled(module: nn.Module, y: jax.Array) -> jax.Array:
 
 def residual(module: nn.Module, y: jax.Array, constants: Any, dropout: float, train: bool) -> jax.Array:
   """What a residual branch adds: `y`, in training with dropout and the layer's drop path."""
-  rate = constant(module, "drop_path", constants) if constants else None
+  rate = constant(module, "drop_path", constants) if "drop_path" in (constants or ()) else None
   if not train:
     return y
   y = nn.Dropout(dropout, deterministic=False)(y) if dropout else y

@@ -123,9 +123,22 @@ def _check_lengths(sizes, layers, depth):
       raise UserError(f"{field}={size} lists {len(size)} sizes for {depth}={layers}")
 
 
-def constant(module: nn.Module, name: str, initial: Mapping[str, Any]) -> jax.Array:
-  """A layer's constant inside its block: the stored value; the initial one when there is none."""
+def constant(module: nn.Module, name: str, initial: Mapping[str, Any], needed: bool = False) -> jax.Array:
+  """A layer's constant inside its block: the stored value; the initial one when there is none.
+
+  Args:
+    module: The block.
+    name: Of the constant.
+    initial: What the block is called with, which follows from the layer's position.
+    needed: Whether only the stored value will do: a layer that moved would be another one without it.
+
+  Raises:
+    ValueError: It is needed and not stored.
+  """
   if not module.is_initializing() and not module.has_variable("constants", name):
+    if needed:
+      raise UserError(f"{type(module).__name__}: there is no {name} among the variables; allowed are all those "
+                      "of `init`, {'params': ..., 'constants': ...}, as `take` cuts both")
     return initial[name]
   return module.variable("constants", name, axes(lambda: initial[name], "")).value
 
