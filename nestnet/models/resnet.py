@@ -118,6 +118,11 @@ class ResNet(nn.Module):
     return [f"layers_{s}" for s in self.stages]
 
   @property
+  def representation(self) -> tuple[str, int]:
+    """The axis of `features`, and its length."""
+    return f"embed_{self.stages[-1]}", self.widths[-1]
+
+  @property
   def together(self) -> int:
     """How many channels side by side are normalised as one, so that they move as one."""
     return self.group if self.norm == "group" else 1
@@ -207,7 +212,7 @@ class ResNet(nn.Module):
     result = {"features": tokens.mean(1), "tokens": tokens}
     if self.classes:
       features = nn.Dropout(self.dropout, deterministic=not train)(result["features"])
-      names = f"embed_{self.stages[-1]} -> classes"
+      names = f"{self.representation[0]} -> classes"
       result["logits"] = Linear(names, (self.classes,), name="classifier", **dtypes)(features)
     return result | ({"taps": tuple(outputs)} if taps else {})
 
