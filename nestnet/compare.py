@@ -359,7 +359,8 @@ def write_page(page: pathlib.Path, records: Sequence[Mapping[str, Any]], tasks: 
     part = [report.compare_table(results)]
     if BASELINE in {r.recipe for r in results} and len({r.recipe for r in results}) > 1:
       part.append(report.difference_table(results, BASELINE))
-    part += [report.compare_table([result(record, metric) for record in own]) for metric in _beside(own[0])]
+    part += [report.compare_table([result(record, metric) for record in own]) for metric in _beside(own[0])
+             if all(metric in record for record in own)]
     if family in (beside or {}):
       part.append(references.table(beside[family]))
     title = report.sentence(metrics.of(results[0].metric).title)

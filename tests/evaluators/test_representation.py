@@ -45,7 +45,8 @@ def ones(task="representation"):
 def config(name="truncate", objective=None, **options):
   return {
     "seed": 0, "model": {"name": f"{__name__}:Net", "embed": 16}, "space": {"embed": (8, 16)},
-    "recipe": {"name": name, "sampler": {"name": "largest"}, "objective": objective or {"name": f"{__name__}:ones"}},
+    "recipe": {"name": name, "sampler": {"name": "largest"},
+               "objective": objective or {"name": f"{__name__}:ones"}},
     "data": {"name": "digits", "data_dir": "", "augment": "digits"},
     "optim": {"name": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0}, "mesh": {"data": 1},
     "train": {"steps": 2, "batch_size": 8, "checkpoint_every": 2, "log_every": 1, "eval_every": 0},

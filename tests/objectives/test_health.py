@@ -10,7 +10,8 @@ import pytest
 from nestnet.objectives import health
 
 RNG = np.random.default_rng(0)
-feature_std, effective_rank, entropies = map(jax.jit, (health.feature_std, health.effective_rank, health.entropies))
+feature_std, effective_rank, entropies = map(
+  jax.jit, (health.feature_std, health.effective_rank, health.entropies))
 
 
 def test_effective_rank_is_the_number_of_equal_directions():
@@ -39,7 +40,8 @@ def test_feature_std_is_that_of_directions():
 def test_entropies_tell_the_two_collapses_apart():
   size = np.log(4)
   for probabilities, expected in (
-      (np.full((8, 4), 0.25), (size, size)), (np.eye(4)[[2] * 8], (0, 0)), (np.tile(np.eye(4), (2, 1)), (0, size))):
+      (np.full((8, 4), 0.25), (size, size)), (np.eye(4)[[2] * 8], (0, 0)),
+      (np.tile(np.eye(4), (2, 1)), (0, size))):
     np.testing.assert_allclose(entropies(probabilities), expected, atol=1e-6)
 
 
