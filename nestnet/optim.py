@@ -117,8 +117,8 @@ def optimizer(name: str, rate: optax.Schedule, weight_decay: float = 0.0, clip_n
     raise UserError("optim: coupled weight decay with adamw, whose decay is decoupled; allowed: sgd, rmsprop")
 
   if not 0 < layer_decay <= 1 or any(factor < 0 for factor in (multipliers or {}).values()):
-    raise UserError(f"optim: layer_decay={layer_decay}, multipliers={dict(multipliers or {})}; allowed: a decay in "
-                    "(0, 1], factors of at least 0")
+    raise UserError(f"optim: layer_decay={layer_decay}, multipliers={dict(multipliers or {})}; allowed: a decay "
+                    "in (0, 1], factors of at least 0")
   weight_decay = rising(weight_decay, weight_decay_end, 0, steps)
 
   def make(axes):

@@ -230,8 +230,9 @@ def self_distillation(subnet: str = "", name: str = "self_distillation") -> dict
     name: `"separate"` and `"truncate"` make it the baseline of that name.
   """
   made = poa(n=0)
-  alone = {"subnet": subnet} if subnet or name == "separate" else {}
-  return made | {"name": name, "objective": made["objective"] | {"intact_weight": 1.0, "koleo_reduce": "sum"}} | alone
+  objective = made["objective"] | {"intact_weight": 1.0, "koleo_reduce": "sum"}
+  return made | {"name": name, "objective": objective} | (
+    {"subnet": subnet} if subnet or name == "separate" else {})
 
 
 def _sandwich() -> dict[str, Any]:

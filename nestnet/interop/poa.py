@@ -108,7 +108,8 @@ def load(model: ViT, state: Mapping[str, Any] | str | os.PathLike[str]) -> dict[
   outside = {path: name for path, name in _OUTSIDE.items() if model.masked or path != ("mask",)}
   inside = {path: name for path, name in _INSIDE.items() if model.layer_scale or path[-1] != "layer_scale"}
   named = {path: [name] for path, name in outside.items()}
-  named |= {("blocks", *path): [f"blocks.{i}.{name}" for i in range(model.layers)] for path, name in inside.items()}
+  layers = range(model.layers)
+  named |= {("blocks", *path): [f"blocks.{i}.{name}" for i in layers] for path, name in inside.items()}
   expected = {name for names in named.values() for name in names}
   problems = {"missing": sorted(expected - set(tensors)), "not known": sorted(set(tensors) - expected),
               "of another shape": []}

@@ -221,7 +221,8 @@ def _apply(apply, crops, mask=None, hide=True):
   tokens = mask.shape[-1]
   if outputs["tokens"].shape[1] < tokens:
     raise UserError(f"self_distillation: masks of {tokens} patches, and the network gives "
-                    f"{outputs['tokens'].shape[1]} tokens; allowed is patches=0, or data.crops.patch as the network's")
+                    f"{outputs['tokens'].shape[1]} tokens; allowed is patches=0, or data.crops.mask_patch as the "
+                    "network's patch")
   return found | {"patches": split(outputs["tokens"][:, -tokens:])}
 
 
