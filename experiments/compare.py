@@ -15,7 +15,8 @@ CONFIGS = flags.DEFINE_list("configs", None, "config files, one for each recipe,
                             required=True)
 OUT = flags.DEFINE_string("out", None, "folder of the runs; what is done there is kept", required=True)
 SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each kind")
-BUDGETS = flags.DEFINE_list("budgets", "equal steps,equal FLOPs", "what the recipes have in common")
+BUDGETS = flags.DEFINE_list("budgets", "equal steps,equal FLOPs", "what the recipes have in "
+                            "common; 'equal shares' too: of the first nested run, for each one alone")
 OVERRIDE = flags.DEFINE_multi_string("override", [], "'train.steps=400', for every config; may be repeated")
 DOCS = flags.DEFINE_string("docs", None, "the page to write, such as docs/results/digits.md; in --out by "
                            "default")

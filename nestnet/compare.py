@@ -26,12 +26,14 @@ from nestnet.sampling import FIXED_LIMIT
 from nestnet.subnet import Subnet, kind_of
 from nestnet.timing import hardware
 
-BUDGETS = ("equal steps", "equal FLOPs")
+SHARES = "equal shares"
+BUDGETS = ("equal steps", "equal FLOPs", SHARES)
+USUAL = BUDGETS[:2]
 _SHARED = ("model", "space", "data", "train.steps", "train.batch_size")
 
 
 def compare(configs: Sequence[Mapping[str, Any]], seeds: int, out: str | os.PathLike[str],
-            budgets: Sequence[str] = BUDGETS, docs: str | os.PathLike[str] | None = None,
+            budgets: Sequence[str] = USUAL, docs: str | os.PathLike[str] | None = None,
             jobs: int = 1, command: str = "") -> str | None:
   """Trains what is missing, then writes `results.json`, a page and its charts.
 
@@ -41,7 +43,8 @@ def compare(configs: Sequence[Mapping[str, Any]], seeds: int, out: str | os.Path
     seeds: Runs of each kind, at seeds `config.seed`, `config.seed + 1`, ...
     out: Gets `runs/`, `results.json` and the page.
     budgets: `"equal steps"`: each run makes `train.steps`. `"equal FLOPs"`: a nested run makes as
-      many steps as take the training FLOPs of all separate runs together.
+      many steps as take the training FLOPs of all separate runs together. `"equal shares"`: the other way
+      round, each of n separate runs makes as many as take an n-th of the FLOPs of the first nested config's.
     docs: The page, `.md`; charts stand beside it. By default in `out`, named like that.
     jobs: Processes that train at a time, each on its share of the cores.
     command: What the page names as its command.
@@ -95,7 +98,7 @@ def override(config: ml_collections.ConfigDict, text: str) -> None:
 
 
 def plan(configs: Sequence[Mapping[str, Any]], seeds: int, out: str | os.PathLike[str],
-         budgets: Sequence[str] = BUDGETS) -> list[Task]:
+         budgets: Sequence[str] = USUAL) -> list[Task]:
   """The runs of a comparison, whether done or not, seed by seed.
 
   Raises:
@@ -166,28 +169,37 @@ def _plan_family(family: tuple[str, ...], group: list[dict[str, Any]], seeds: in
   if "equal FLOPs" in budgets and not alone:
     raise UserError(f"equal FLOPs are those of the recipe {BASELINE!r}, which no config with the sizes "
                     f"{'; '.join(family)} has; name one, or give --budgets='equal steps'")
+  if SHARES in budgets and not 0 < len(alone) < len(group):
+    raise UserError(f"{SHARES} are those of a nested run among runs of the recipe {BASELINE!r}; with the sizes "
+                    f"{'; '.join(family)} there are {len(group) - len(alone)} and {len(alone)} configs")
+  nested = [config for config in group if config not in alone]
+  counts = [list(_flops_of_steps(config, seeds)) for config in nested]
   spent: collections.Counter[int] = collections.Counter()
-  for config in alone:
-    for size in family:
-      own = config | {"recipe": config["recipe"] | {"subnet": size}}
-      for k, (seed, flops) in enumerate(_flops_of_steps(own, seeds)):
-        total = flops(own["train"]["steps"])
-        spent[k] += total
-        yield _task(own, seed, root, family, (size,), size, tuple(budgets), total)
-  for config in group:
-    if config in alone:
-      continue
-    for k, (seed, flops) in enumerate(_flops_of_steps(config, seeds)):
-      by_steps: dict[int, list[str]] = {}
-      for budget in budgets:
-        steps = config["train"]["steps"] if budget == "equal steps" else _steps_for(
-          flops, spent[k], len(config.get("phases") or [0]))
-        by_steps.setdefault(steps, []).append(budget)
-      for steps, names in by_steps.items():
-        own = config | {"train": config["train"] | {"steps": steps}}
-        total = flops(steps)
-        sizes = tuple(dict.fromkeys([*family, *_members(own)]))
-        yield _task(own, seed, root, family, sizes, "+".join(_axes(family)), tuple(names), total)
+  for size in family if alone else ():
+    own = alone[0] | {"recipe": alone[0]["recipe"] | {"subnet": size}}
+    for k, (seed, flops) in enumerate(_flops_of_steps(own, seeds)):
+      spent[k] += flops(own["train"]["steps"])
+      share = counts[0][k][1](own["train"]["steps"]) / len(family) if SHARES in budgets else 0
+      steps_of = lambda budget: own["train"]["steps"] if budget != SHARES else _steps_for(flops, share, 1)
+      yield from _of_budgets(own, seed, root, family, (size,), size, budgets, steps_of, flops)
+  for config, of_seeds in zip(nested, counts):
+    sizes = tuple(dict.fromkeys([*family, *_members(config)]))
+    for k, (seed, flops) in enumerate(of_seeds):
+      steps_of = lambda budget: config["train"]["steps"] if budget != "equal FLOPs" else _steps_for(
+        flops, spent[k], len(config.get("phases") or [0]))
+      yield from _of_budgets(config, seed, root, family, sizes, "+".join(_axes(family)), budgets, steps_of, flops)
+
+
+def _of_budgets(config: dict[str, Any], seed: int, root: pathlib.Path, family: tuple[str, ...],
+                sizes: tuple[str, ...], network: str, budgets: Sequence[str], steps_of: Callable[[str], int],
+                flops: Callable[[int], float]) -> Iterator[Task]:
+  """A run for each number of steps that the budgets come to."""
+  by_steps: dict[int, list[str]] = {}
+  for budget in budgets:
+    by_steps.setdefault(steps_of(budget), []).append(budget)
+  for steps, names in by_steps.items():
+    own = config | {"train": config["train"] | {"steps": steps}}
+    yield _task(own, seed, root, family, sizes, network, tuple(names), flops(steps))
 
 
 def _axes(family: tuple[str, ...]) -> list[str]:
@@ -254,7 +266,7 @@ def _settled(tasks: Sequence[Task]) -> None:
       runs.settle(task.config, task.workdir)
 
 
-def gather(tasks: Sequence[Task], budgets: Sequence[str] = BUDGETS) -> list[dict[str, Any]]:
+def gather(tasks: Sequence[Task], budgets: Sequence[str] = USUAL) -> list[dict[str, Any]]:
   """One record for each family, budget, recipe and size, with a list entry for each seed."""
   rows = {task.workdir: {row["subnet"]: row for row in report.read_rows(task.workdir / "subnets.json")}
           for task in tasks}

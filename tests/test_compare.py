@@ -41,6 +41,20 @@ def test_equal_flops_are_the_sum_of_the_separate_runs(tmp_path):
   assert len({task.workdir for task in tasks}) == len(tasks)
 
 
+def test_equal_shares_of_the_first_nested_run(tmp_path):
+  names = ("separate", "sandwich", "truncate")
+  tasks = compare.plan([config(name, 200) for name in names], 1, tmp_path, ("equal steps", "equal shares"))
+  (nested,) = (t for t in tasks if t.recipe == "sandwich")
+  assert nested.budgets == ("equal steps", "equal shares") and nested.steps == 200
+  alone = [t for t in tasks if t.recipe == "separate" and t.budgets == ("equal shares",)]
+  assert [t.sizes for t in alone] == [(size,) for size in SIZES]
+  for task in alone:
+    assert task.train_flops == pytest.approx(nested.train_flops / len(SIZES), rel=0.01)
+  assert len({task.workdir for task in tasks}) == len(tasks) == 2 * len(SIZES) + 2
+  with pytest.raises(errors.UserError, match="equal shares.*0 and 1 configs"):
+    compare.plan([config("separate")], 1, tmp_path, ("equal shares",))
+
+
 def test_phases_that_are_shares_follow_the_budget(tmp_path):
   """Members of the pool taught by the whole network, which trains in the first phase."""
   shrinking = config("ofa", 200)
@@ -203,7 +217,7 @@ def test_the_page_names_the_axes_of_all_stages_once(tmp_path):
 
 
 @pytest.mark.parametrize("configs, budgets, message", [
-  (["truncate"], compare.BUDGETS, "equal FLOPs are those of the recipe 'separate'"),
+  (["truncate"], compare.USUAL, "equal FLOPs are those of the recipe 'separate'"),
   (["truncate", "truncate"], ("equal steps",), "each recipe is compared once"),
   (["truncate"], ("equal time",), "unknown budget 'equal time'"),
 ])
