@@ -261,17 +261,17 @@ def test_one_program_equals_the_slices(name, texts, compiled):
 
 @pytest.mark.slow
 def test_an_earlier_recipe_trains_it():
-  net = Supernet(MODEL, PAIR, (INPUT,))
-  drawn = sampler("sandwich", net.space, 0)
+  net = NETS["size"]
+  drawn = sampler("sandwich", net.space, 0, random=0)
   step = Step(net, Recipe(drawn, objective("classification")),
               optimizer("sgd", schedule("constant", 0.1, 0, 10), 0.0, 0.0), make_mesh({"data": 1}),
-              execution="one_program")
+              execution="slice")
   state = step.init()
   start = jax.tree.map(np.asarray, state.trained["model"])
   batch = put_batch({"image": IMAGES, "label": np.array([0, 2])}, step.mesh)
   for at in range(2):
     state, metrics = step(state, batch, at)
-  assert step.one is not None and np.isfinite(metrics["loss"])
+  assert np.isfinite(metrics["loss"])
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, dict(state.trained["model"]))
   assert all(jax.tree.leaves(moved))
 
