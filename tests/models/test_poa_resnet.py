@@ -36,6 +36,8 @@ PHOTO = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
 # The last stage has all that is elastic; the first is a first block alone.
 MODEL = ResNet(3, layers_1=1, layers_2=4, width=8, stem=8, widths=(8, 16), strides=(1, 2), group=2)
 SPACE = Space(width=(4, 6, 8), layers_2=spaced(4, (2, 3, 4)))
+# What takes less long to compile as one program.
+PAIR = Space(width=(4, 8), layers_2=spaced(4, (2, 3, 4)))
 NETS = {"size": Supernet(MODEL, SPACE, (INPUT,)), "count": Supernet(MODEL.clone(groups=2), SPACE, (INPUT,))}
 MEMBERS = ["width=4,layers_2=0+3", "width=6,layers_2=0+2+3", "layers_2=0+1+3"]
 both = pytest.mark.parametrize("name", NETS)
@@ -240,16 +242,16 @@ def outcome(runnable, variables):
 
 
 @pytest.mark.slow
-@both
-def test_one_program_equals_the_slices(name, compiled):
+@pytest.mark.parametrize("name, texts", [("size", MEMBERS[:1]), ("count", [MEMBERS[0], MEMBERS[2]])])
+def test_one_program_equals_the_slices(name, texts, compiled):
   with jax.enable_x64(True):
     wide = NETS[name].model.clone(dtype=jnp.float64, param_dtype=jnp.float64)
-    net = Supernet(wide, SPACE, (jax.ShapeDtypeStruct(IMAGES.shape, jnp.float64),))
+    net = Supernet(wide, PAIR, (jax.ShapeDtypeStruct(IMAGES.shape, jnp.float64),))
     one = OneProgram(net)
     one.check()
     own = jax.tree.map(lambda x: x.astype(np.float64), variables(name))
     as_data = jax.jit(functools.partial(one.switch, outcome))
-    for subnet in map(SPACE.subnet, MEMBERS[:2]):
+    for subnet in map(PAIR.subnet, texts):
       found = as_data(one.vector(subnet), own)
       expected = jax.jit(functools.partial(outcome, net.runnable(subnet)))(own)
       for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
@@ -260,16 +262,16 @@ def test_one_program_equals_the_slices(name, compiled):
 @pytest.mark.slow
 def test_an_earlier_recipe_trains_it():
   net = NETS["size"]
-  drawn = sampler("sandwich", net.space, 0)
+  drawn = sampler("sandwich", net.space, 0, random=0)
   step = Step(net, Recipe(drawn, objective("classification")),
               optimizer("sgd", schedule("constant", 0.1, 0, 10), 0.0, 0.0), make_mesh({"data": 1}),
-              execution="one_program")
+              execution="slice")
   state = step.init()
   start = jax.tree.map(np.asarray, state.trained["model"])
   batch = put_batch({"image": IMAGES, "label": np.array([0, 2])}, step.mesh)
   for at in range(2):
     state, metrics = step(state, batch, at)
-  assert step.one is not None and np.isfinite(metrics["loss"])
+  assert np.isfinite(metrics["loss"])
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, dict(state.trained["model"]))
   assert all(jax.tree.leaves(moved))
 
