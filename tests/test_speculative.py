@@ -13,9 +13,10 @@ from flax.core import meta
 from scipy import stats
 
 from nestnet import Subnet, speculative, timing
+from nestnet.drafts import drafted_by
 from nestnet.generate import generate
 from nestnet.models.decoder import Decoder
-from nestnet.speculative import drafted_by, measure, speculate
+from nestnet.speculative import measure, speculate
 
 MODEL = Decoder(layers=3, embed=16, heads=4, kv_heads=2, mlp=32, vocab=32, context=24)
 TOKENS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
@@ -197,7 +198,8 @@ def test_prompts_of_one_length_share_their_programs(variables):
 @pytest.mark.parametrize("draft, options, message", [
   (Subnet(mlp=64), {}, "draft mlp=64 is larger than the target: .* mlp"),
   (Subnet(layers=4), {}, "draft layers=4 is larger"),
-  (Subnet(kv_heads=1), {}, "draft kv_heads=1 is larger than the target: .*queries"),
+  (Subnet(kv_heads=1), {}, "draft kv_heads=1 is larger than the target: .*: heads=4 in kv_heads=1 groups are 4 in "
+   "each, where the largest has 2; allowed beside kv_heads=1 are at most heads=2"),
   (Subnet(width=4), {}, "'width'"),
   ((MODEL, {}), {"draft_tokens": 0}, "draft_tokens: got 0"),
   ((MODEL, {}), {"draft_tokens": 2.5}, "draft_tokens: got 2.5, allowed is a whole number"),
