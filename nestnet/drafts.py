@@ -115,10 +115,11 @@ def _restacked(tree, like):
 
 def check_inside(module: nn.Module, draft: Subnet) -> None:
   """Raises `ValueError` unless a draft is inside the network that is to check it."""
+  own, whole = sizes_of(module, draft), sizes_of(module, Subnet())
   try:
     if hasattr(module, "check_member"):
       module.check_member(draft)
-    sizes_of(module, draft).within(sizes_of(module, Subnet()))
+    own.within(whole)
   except UserError as error:
     raise UserError(f"the draft {draft} is larger than the target: {error}; allowed are members inside "
                     "it") from None
@@ -154,8 +155,8 @@ def merged(cache: Any, drafted: Any, shared: Sharing) -> Any:
   Only where the target writes to the same slots before it reads them.
   """
   layers = dict(cache["blocks"])
-  for i, name in zip(kept_ids(shared[0].chosen["layers"]), drafted["blocks"]):
-    own = drafted["blocks"][name]
+  for position, i in enumerate(kept_ids(shared[0].chosen["layers"])):
+    own = drafted["blocks"][f"layers_{position}"]
     if jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, layers[f"layers_{i}"]):
       layers[f"layers_{i}"] = own
   return {"blocks": layers}

@@ -20,7 +20,7 @@ import numpy as np
 from nestnet import generate as plain
 from nestnet.decoder_checks import Tokens, whole
 from nestnet.decoder_steps import Pair, feed, prefill, unrolled
-from nestnet.drafts import BEHIND, leading, merged, prepared, sliced
+from nestnet.drafts import BEHIND, merged, prepared, sliced
 from nestnet.errors import UserError
 from nestnet.generate import ACCEPT, DRAFT, Differences
 from nestnet.subnet import Subnet
@@ -81,7 +81,8 @@ def speculate(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | P
     stop: As there.
     seed: As there.
     share_cache: Whether the draft reads its slice of the large network's cache, and so has none of its own
-      to fill. For leading layers of equal widths (`leading`) that is what it would have written itself. For
+      to fill. For leading layers of equal widths (`nestnet.drafts.leading`) that is what it would have
+      written itself, and the large network goes on from their outputs: no layer runs twice for a token. For
       others, such as MatFormer's widths of the MLP, the keys and values of past tokens are then those of
       the large network: other drafts, accepted more or less often, and the same output. By default only
       leading layers of equal widths share.

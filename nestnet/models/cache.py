@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from nestnet.errors import UserError
 
 # Up to so many tokens are written one by one, in place; XLA writes scattered ones by a loop.
-FEW = 32
+FEW = 8
 
 
 def init_cache(module: nn.Module, batch: int, slots: int, dtype: Any = None) -> dict[str, Any]:
