@@ -164,8 +164,11 @@ def cut(model: nn.Module, variables: dict[str, Any], axes: dict[str, Any], subne
   """A sub-network's variables, every collection of them; calibrated statistics need no names.
 
   Raises:
-    ValueError: As `take`, which is strict on the parameters where `strict` is set.
+    ValueError: As `take`, which is strict on the parameters where `strict` is set; or sizes that do not go
+      together, of models that say so by `check_member(subnet)`.
   """
+  if hasattr(model, "check_member"):
+    model.check_member(subnet)
   sizes = sizes_of(model, subnet)
   named = lambda name, tree: axes[name] if name in axes else statistics_axes(axes["params"], tree)
   return {name: take(tree, named(name, tree), sizes, groups, strict=strict and name == "params")

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestnet.decoder_checks import Tokens, check_decoder, check_tokens, listed, unpadded, whole
+from nestnet.decoder_steps import feed, prefill, unrolled
 from nestnet.errors import UserError
-from nestnet.models.decoder import init_cache
 
 # What a random number is for, beside its seed, row and position.
 DRAW, DRAFT, ACCEPT = range(3)
@@ -184,6 +184,7 @@ def generate(module: nn.Module, variables: Mapping[str, Any], prompts: Sequence[
   check_decoder(module, variables)
   how = sampling(temperature, top_k, top_p, seed)
   rows, prefilled = start(module, prompts, max_new_tokens, module.context)
+  module, variables = unrolled(module, variables)
   return written(_generate(module, prefilled, variables, rows, how, stops(module, stop)), prompts)
 
 
@@ -191,37 +192,12 @@ def generate(module: nn.Module, variables: Mapping[str, Any], prompts: Sequence[
 def _generate(module, prefilled, variables, rows, how, stop):
   def step(state):
     rows, cache = state
-    logits, cache = feed(module, variables, cache, rows.ending(1), rows.fed(-1, 1))
-    new = how.next(logits, rows.places(0, 1))
+    outputs, cache = feed(module, variables, cache, rows.ending(1), rows.fed(-1, 1))
+    new = how.next(outputs["logits"], rows.places(0, 1))
     return rows.extended(new, jnp.ones_like(rows.lengths), stop), cache
 
-  state = rows, prefill(module, variables, rows, prefilled)
+  state = rows, prefill(module, variables, rows, prefilled)[1]
   return jax.lax.while_loop(lambda state: ~state[0].done.all(), step, state)[0]
-
-
-def prefill(module: nn.Module, variables: Mapping[str, Any], rows: Rows, count: int) -> Any:
-  """A cache that holds whatever is known of each row but its last token.
-
-  Args:
-    module: A decoder.
-    variables: Its variables.
-    rows: The prompts.
-    count: Of leading slots that hold all these tokens.
-  """
-  cache = init_cache(module, *rows.tokens.shape)
-  if not count:
-    return cache
-  places = jnp.broadcast_to(jnp.arange(count)[None], (len(rows.tokens), count))
-  places = jnp.where(places < rows.lengths[:, None] - 1, places, -1)
-  return feed(module, variables, cache, rows.tokens[:, :count], places)[1]
-
-
-def feed(module: nn.Module, variables: Mapping[str, Any], cache: Any, tokens: jax.Array, places: jax.Array
-         ) -> tuple[jax.Array, Any]:
-  """Logits `[batch, n, vocab]` after tokens at positions `[batch, n]` (-1: none), and the cache with them."""
-  outputs, changed = module.apply(
-    {**variables, "cache": cache}, tokens, positions=places, mutable=["cache"])
-  return outputs["logits"], changed["cache"]
 
 
 def sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> Sampling:

@@ -15,6 +15,8 @@ from nestnet import runs
 from nestnet.data.text import Windows
 from nestnet.data.tokenization import BYTES, Tokenizer, tokenizer
 from nestnet.decoder_checks import Tokens
+from nestnet.decoder_steps import unrolled
+from nestnet.drafts import check_inside
 from nestnet.errors import MissingFileError, UserError
 from nestnet.generate import TIE, batches, generate
 from nestnet.interop.folder import load
@@ -22,7 +24,7 @@ from nestnet.interop.hugging_face import end_tokens
 from nestnet.models.decoder import Decoder
 from nestnet.report import aligned, human
 from nestnet.space import Space
-from nestnet.speculative import Report, check_inside, measure
+from nestnet.speculative import Report, measure
 from nestnet.subnet import Subnet, unfolded
 
 Path = str | os.PathLike[str]
@@ -225,8 +227,9 @@ def generate_run(writer: Writer, texts: Sequence[str], *, held_out: int | None =
   if reports:
     new = next(iter(reports.values())).speculated.tokens
   else:
+    network = unrolled(writer.module, writer.variables)
     new = [row for batch in batches(tokens, batch_size)
-           for row in generate(writer.module, writer.variables, batch, stop=ends, **options)]
+           for row in generate(*network, batch, stop=ends, **options)]
   return [writer.text(row, ends) for row in new[:len(texts)]], reports
 
 

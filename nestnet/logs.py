@@ -90,12 +90,13 @@ class Progress:
   """A bar with rate and time left on a terminal; elsewhere a line now and then."""
 
   def __init__(self, total: int, start: int = 0, label: str = "train", every_seconds: float = 10.0):
-    self._total, self._start, self._label = total, start, label
+    self._total, self._label = total, label
     self._step = start
+    self._first: tuple[int, float] | None = None
     self._interactive = sys.stderr.isatty()
     self._bar = tqdm.tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True,
                           disable=not self._interactive)
-    self._began = self._said = time.monotonic()
+    self._said = time.monotonic()
     self._every = every_seconds
 
   def say(self, text: str, label: str | None = None) -> None:
@@ -113,13 +114,15 @@ class Progress:
     self._bar.set_postfix_str(text, refresh=False)
     self._bar.update(step - self._bar.n)
     clock = time.monotonic()
+    # What stands before the first step's end, compilation above all, says nothing of the steps to come.
+    self._first = self._first or (step, clock)
     if self._interactive or (clock - self._said < self._every and step < self._total):
       return
     self._said = clock
-    rate = (step - self._start) / max(clock - self._began, 1e-9)
-    left = (self._total - step) / max(rate, 1e-9)
-    print(f"{self._label} {step}/{self._total}  {rate:.1f} steps/s  {left:.0f} s left  {text}",
-          file=sys.stderr, flush=True)
+    since, began = self._first
+    rate = (step - since) / max(clock - began, 1e-9)
+    pace = f"{rate:.1f} steps/s  {(self._total - step) / rate:.0f} s left  " if step > since else ""
+    print(f"{self._label} {step}/{self._total}  {pace}{text}", file=sys.stderr, flush=True)
 
   def advance(self, scalars: Mapping[str, float]) -> None:
     """Shows that one more is done."""

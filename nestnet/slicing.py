@@ -73,6 +73,27 @@ def axes_in(axes: Any) -> set[str]:
   return {n for n in names | _unrolled_axes(axes) if not n.isdigit()}
 
 
+def unstacked(tree: Any, axes: Any) -> Any:
+  """The tree with the layers of a stack apart, as `take` gives it where each has sizes of its own.
+
+  Args:
+    tree: As of `take`; arrays or their shapes.
+    axes: Its axis names.
+
+  Example:
+    >>> params = {"blocks": {"bias": jnp.ones((2, 4))}}
+    >>> jax.tree.map(jnp.shape, unstacked(params, {"blocks": {"bias": "layers: -> mlp"}}))
+    {'blocks': {'layers_0': {'bias': (4,)}, 'layers_1': {'bias': (4,)}}}
+  """
+  if is_axes(axes) or not isinstance(axes, Mapping):
+    return tree
+  tree = meta.unbox(tree)
+  if depth := _stacked_over(axes):
+    count = jax.tree.leaves(tree)[0].shape[0]
+    return {f"{depth}_{i}": _entry(tree, i) for i in range(count)}
+  return {key: unstacked(child, axes[key]) for key, child in tree.items()}
+
+
 def scatter(small: Any, axes: Any, subnet: Subnet, like: Any, groups: Groups | None = None) -> Any:
   """The dual of `take`: `small` laid into zeros of the supernet's shapes.
 

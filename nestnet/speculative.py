@@ -18,17 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from nestnet import generate as plain
-from nestnet.axes import abstract_variables, variable_axes
-from nestnet.decoder_checks import Tokens, check_decoder, whole
+from nestnet.decoder_checks import Tokens, whole
+from nestnet.decoder_steps import Pair, feed, prefill, unrolled
+from nestnet.drafts import BEHIND, merged, prepared, sliced
 from nestnet.errors import UserError
-from nestnet.execution import cut, module_of, sizes_of
-from nestnet.generate import ACCEPT, DRAFT, Differences, feed, prefill
-from nestnet.models.decoder import init_cache
-from nestnet.slicing import take, unrolled_over
+from nestnet.generate import ACCEPT, DRAFT, Differences
 from nestnet.subnet import Subnet
 from nestnet.timing import paired_ms
-
-Pair = tuple[nn.Module, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +81,8 @@ def speculate(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | P
     stop: As there.
     seed: As there.
     share_cache: Whether the draft reads its slice of the large network's cache, and so has none of its own
-      to fill. For leading layers of equal widths (`leading`) that is what it would have written itself. For
+      to fill. For leading layers of equal widths (`nestnet.drafts.leading`) that is what it would have
+      written itself, and the large network goes on from their outputs: no layer runs twice for a token. For
       others, such as MatFormer's widths of the MLP, the keys and values of past tokens are then those of
       the large network: other drafts, accepted more or less often, and the same output. By default only
       leading layers of equal widths share.
@@ -102,148 +99,66 @@ def speculate(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | P
     >>> found.tokens == plain.generate(model, variables, [[1, 2, 3]], max_new_tokens=6), found.shared
     (True, True)
   """
-  drafts = _prepared(module, variables, draft, share_cache, groups)
-  return _run(module, variables, drafts, prompts, draft_tokens=draft_tokens, max_new_tokens=max_new_tokens,
+  drafts = prepared(module, variables, draft, share_cache, groups)
+  return _run(drafts, prompts, draft_tokens=draft_tokens, max_new_tokens=max_new_tokens,
               temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed)
 
 
-def _prepared(module, variables, draft, share_cache, groups):
-  """What drafts: a module, its variables, and which slice of the target's cache it reads, if it does."""
-  check_decoder(module, variables)
-  drafter, small = drafted_by(module, variables, draft, groups)
-  if not (leading(module, draft) if share_cache is None else share_cache):
-    return drafter, small, None
-  if not isinstance(draft, Subnet):
-    raise UserError("share_cache=True with a draft that has weights of its own; allowed is a member of the "
-                    "family")
-  shared = sizes_of(module, draft), tuple((groups or {}).items())
-  shapes = (jax.eval_shape(make) for make in (
-    lambda: _slice(drafter, init_cache(module, 1, 1), shared), lambda: init_cache(drafter, 1, 1)))
-  there, needed = (jax.tree.map(jnp.shape, tree) for tree in shapes)
-  if there != needed:
-    raise UserError(f"share_cache=True: the cache of the draft {draft} is no slice of the target's")
-  return drafter, small, shared
-
-
-def _run(module, variables, drafts, prompts, *, draft_tokens, max_new_tokens, temperature=0.0, top_k=None,
-         top_p=None, stop=(), seed=0):
+def _run(drafts, prompts, *, draft_tokens, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop=(),
+         seed=0):
   if (draft_tokens := whole(draft_tokens, "draft_tokens")) < 1:
     raise UserError(f"draft_tokens: got {draft_tokens}, allowed is at least 1")
+  (module, variables), (drafter, small) = drafts.target, drafts.draft
   how, stop = plain.sampling(temperature, top_k, top_p, seed), plain.stops(module, stop)
-  drafter, small, shared = drafts
   rows, prefilled = plain.start(module, prompts, max_new_tokens, min(module.context, drafter.context))
   rows, counts = _speculate(
-    module, drafter, draft_tokens, shared, prefilled, variables, small, rows, how, stop)
+    module, drafter, draft_tokens, drafts.shared, prefilled, variables, small, rows, how, stop)
   # Rows that only fill the batch count nothing.
   calls, drafted, accepted = (tuple(np.asarray(count)[:len(prompts)].tolist()) for count in counts)
-  return Speculated(plain.written(rows, prompts), calls, drafted, accepted, shared is not None)
-
-
-def drafted_by(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | Pair,
-               groups: Mapping[str, int] | None = None) -> Pair:
-  """The network that drafts.
-
-  Raises:
-    ValueError: It is larger than the target, or has another vocabulary.
-  """
-  if not isinstance(draft, Subnet):
-    if draft[0].vocab != module.vocab:
-      raise UserError(f"the draft has {draft[0].vocab} tokens, the target {module.vocab}; allowed is one "
-                      "vocabulary")
-    own, whole = (sum(leaf.size for leaf in jax.tree.leaves(v)) for v in (draft[1], variables))
-    if own > whole:
-      raise UserError(f"the draft has {own} parameters, the target {whole}; allowed is a draft that is no "
-                      "larger than its target")
-    return draft
-  check_inside(module, draft)
-  drafter = module_of(module, draft)
-  return drafter, _cut(module, drafter, draft, tuple((groups or {}).items()))(variables)
-
-
-@functools.lru_cache(maxsize=64)
-def _cut(module, drafter, draft, groups):
-  """A program of its own, so that the slices are laid out once and not at every step of the loop."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  axes, like = variable_axes(module, tokens), abstract_variables(drafter, tokens)
-  return jax.jit(lambda variables: _restacked(
-    cut(module, variables, axes, draft, dict(groups), strict=True), like))
-
-
-def _restacked(tree, like):
-  """A tree whose layers stand together where those of `like` do: equal ones may be cut from unequal ones."""
-  if not isinstance(tree, Mapping):
-    return tree
-  if (depth := unrolled_over(tree)) and not unrolled_over(like):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[f"{depth}_{i}"] for i in range(len(tree))))
-  return {key: _restacked(child, like.get(key, {})) for key, child in tree.items()}
-
-
-def check_inside(module: nn.Module, draft: Subnet) -> None:
-  """Raises `ValueError` unless a draft is inside the network that is to check it."""
-  own, whole = sizes_of(module, draft), sizes_of(module, Subnet())
-  try:
-    own.within(whole)
-  except UserError as error:
-    raise UserError(f"the draft {draft} is larger than the target: {error}; allowed are members inside "
-                    "it") from None
-
-
-def leading(module: nn.Module, draft: Subnet | Pair) -> bool:
-  """Whether a draft is the leading layers of a network, at the network's own widths.
-
-  Example:
-    >>> from nestnet.models.decoder import Decoder
-    >>> model = Decoder(layers=4, embed=8, heads=2, kv_heads=1, mlp=8, vocab=16)
-    >>> [leading(model, Subnet.parse(text)) for text in ("layers=2,mlp=8", "layers=0+2", "mlp=4")]
-    [True, False, False]
-  """
-  if not isinstance(draft, Subnet):
-    return False
-  depth = draft.chosen.get("layers", module.layers)
-  own = lambda size: size[:depth] if isinstance(size, tuple) else (size,) * depth
-  return isinstance(depth, int) and all(
-    axis == "layers" or own(size) == own(getattr(module, axis)) for axis, size in draft.chosen.items())
-
-
-def _slice(drafter, cache, shared):
-  """A member's part of the cache."""
-  subnet, groups = shared
-  names = {5: "layers: batch slots kv_heads head_dim", 4: "batch slots kv_heads head_dim"}
-  named = lambda stack: jax.tree.map(lambda leaf: names[leaf.ndim], stack)
-  found = {key: take(stack, named(stack), subnet, dict(groups), strict=False) for key, stack in cache.items()}
-  return _restacked(found, jax.eval_shape(lambda: init_cache(drafter, 1, 1)))
+  return Speculated(plain.written(rows, prompts), calls, drafted, accepted, drafts.shared is not None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _speculate(module, drafter, count, shared, prefilled, variables, small, rows, how, stop):
   """Rows at their ends; calls of the target, drafted and accepted tokens of each."""
+  behind, slices = shared == BEHIND, isinstance(shared, tuple)
+
   def check(state):
     rows, cache, own, (calls, drafted, accepted) = state
-    read = _slice(drafter, cache, shared) if shared else own
-    drafts, chances, own = _drafts(drafter, small, count, rows, how, read, missing=1 if shared else 2)
+    read = sliced(cache, shared) if slices else own
+    drafts, chances, inner, read = _drafts(drafter, small, count, rows, how, read, behind, 1 if shared else 2)
+    # What the draft has written to a shared cache this call writes anew.
+    cache, own = (merged(cache, read, shared), None) if slices else (cache, read)
     tokens = jnp.concatenate([rows.ending(1), drafts], axis=1)
-    # What the draft has written to a shared cache is dropped: this call writes all of it.
-    logits, cache = feed(module, variables, cache, tokens, rows.fed(-1, count + 1))
-    new, right = _checked(rows, how, logits, drafts, chances)
+    outputs, cache = feed(module, variables, cache, tokens, rows.fed(-1, count + 1), inner=inner)
+    new, right = _checked(rows, how, outputs["logits"], drafts, chances)
     after = rows.extended(new, right + 1, stop)
     tried = jnp.minimum(count, rows.limits - rows.lengths)
     # What was drafted behind the token that ends a row is of no use to it.
     tried = jnp.where(after.done, jnp.minimum(tried, after.lengths - rows.lengths), tried)
     counts = calls + ~rows.done, drafted + tried, accepted + jnp.minimum(right, tried)
-    return after, cache, None if shared else own, counts
+    return after, cache, own, counts
 
-  own = None if shared else prefill(drafter, small, rows, prefilled)
-  state = rows, prefill(module, variables, rows, prefilled), own, (jnp.zeros_like(rows.lengths),) * 3
+  outputs, own = ({}, None) if slices else prefill(drafter, small, rows, prefilled, taps=behind)
+  inner = outputs["taps"][-1] if behind and prefilled else None
+  _, cache = prefill(module, variables, rows, prefilled, inner=inner)
+  state = rows, cache, own, (jnp.zeros_like(rows.lengths),) * 3
   rows, _, _, counts = jax.lax.while_loop(lambda state: ~state[0].done.all(), check, state)
   return rows, counts
 
 
-def _drafts(drafter, variables, count, rows, how, cache, missing):
+def _drafts(drafter, variables, count, rows, how, cache, behind, missing):
   """Drafted tokens `[batch, count]`, log-probabilities that they were drawn with, and the cache with them.
 
   A draft with a cache of its own `missing` 2 tokens: it has not read the last that it drafted, which may
-  have been accepted.
+  have been accepted. With layers `behind` it, which go on from its outputs, it reads that one too; before
+  the cache stand these outputs `[batch, count + 1, embed]`, else None.
   """
+  def read(cache, tokens, first):
+    outputs, cache = feed(
+      drafter, variables, cache, tokens, rows.fed(first, tokens.shape[1]), taps=behind)
+    return outputs["logits"], outputs["taps"][-1] if behind else None, cache
+
   def drawn(logits, i):
     if how.greedy:
       return logits.argmax(-1).astype(jnp.int32), None
@@ -252,16 +167,19 @@ def _drafts(drafter, variables, count, rows, how, cache, missing):
 
   def step(state, i):
     cache, last = state
-    logits, cache = feed(drafter, variables, cache, last, rows.fed(i - 1, 1))
+    logits, inner, cache = read(cache, last, i - 1)
     new, chances = drawn(logits, i)
-    return (cache, new), (new, chances)
+    return (cache, new), (new, chances, inner)
 
-  logits, cache = feed(drafter, variables, cache, rows.ending(missing), rows.fed(-missing, missing))
-  first = drawn(logits[:, -1:], 0)
-  (cache, _), rest = jax.lax.scan(step, (cache, first[0]), jnp.arange(1, count))
-  drafts, chances = jax.tree.map(
+  logits, inner, cache = read(cache, rows.ending(missing), -missing)
+  first = (*drawn(logits[:, -1:], 0), inner)
+  (cache, last), rest = jax.lax.scan(step, (cache, first[0]), jnp.arange(1, count))
+  drafts, chances, inner = jax.tree.map(
     lambda one, others: jnp.concatenate([one, jnp.moveaxis(others[:, :, 0], 0, 1)], axis=1), first, rest)
-  return drafts, chances, cache
+  if behind:
+    _, final, cache = read(cache, last, count - 1)
+    inner = jnp.concatenate([inner, final], axis=1)
+  return drafts, chances, inner, cache
 
 
 def _checked(rows, how, logits, drafts, chances):
@@ -343,13 +261,14 @@ def measure(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | Pai
     **options: How tokens are drawn and where they end, of both.
   """
   options = {**options, "max_new_tokens": max_new_tokens}
-  drafts = _prepared(module, variables, draft, share_cache, groups)
+  drafts = prepared(module, variables, draft, share_cache, groups)
+  target = unrolled(module, variables)
   batches = plain.batches(prompts, batch_size)
   pairs = pairs or (3 if len(batches) > 1 else 7)
   found, references, times, speed_ups = [], [], [], []
   for batch in batches:
-    own = functools.partial(_run, module, variables, drafts, batch, draft_tokens=draft_tokens, **options)
-    base = functools.partial(plain.generate, module, variables, batch, **options)
+    own = functools.partial(_run, drafts, batch, draft_tokens=draft_tokens, **options)
+    base = functools.partial(plain.generate, *target, batch, **options)
     speculated, reference = own(), base()
     both = paired_ms(own, [base], pairs)
     share = sum(map(len, speculated.tokens)) / sum(map(len, reference))
@@ -360,7 +279,7 @@ def measure(module: nn.Module, variables: Mapping[str, Any], draft: Subnet | Pai
   every = _joined(found)
   differences = None if options.get("temperature") else plain.differences(
     module, variables, prompts, every.tokens, references)
-  params = sum(leaf.size for leaf in jax.tree.leaves(drafts[1]["params"]))
+  params = sum(leaf.size for leaf in jax.tree.leaves(drafts.draft[1]["params"]))
   return Report(every, differences, sum(map(len, references)), params, *np.sum(times, axis=0).tolist(),
                 tuple(speed_ups))
 

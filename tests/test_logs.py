@@ -36,3 +36,14 @@ def test_a_damaged_line_is_named_and_nothing_is_changed(tmp_path, line):
   with pytest.raises(errors.UserError, match="metrics.jsonl, line 2 is damaged"):
     logs.Logs(tmp_path, 2)
   assert path.read_bytes() == before
+
+
+def test_the_time_left_is_that_of_steps_and_not_of_compilation(monkeypatch, capsys):
+  clock = iter([0, 60, 61, 75])
+  monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
+  progress = logs.Progress(total=1000, start=500)
+  for step in (510, 511, 540):
+    progress.update(step, {"loss": 0.5})
+  # The first step's end took a minute, the next 30 steps 15 seconds.
+  assert capsys.readouterr().err.splitlines() == [
+    "train 510/1000  loss 0.5", "train 540/1000  2.0 steps/s  230 s left  loss 0.5"]

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 
-from nestnet import Subnet, take
+from nestnet import Subnet, slicing, take
 from nestnet.axes import Axes, axes, axis_names, is_axes, variable_axes
 from nestnet.slicing import scatter
 
@@ -95,6 +95,14 @@ def test_leading_units_and_chosen_layers():
                                 PARAMS["blocks"]["qkv"]["kernel"][[1, 3], :2, :, :1])
   np.testing.assert_array_equal(cut["blocks"]["down"]["kernel"],
                                 PARAMS["blocks"]["down"]["kernel"][[1, 3], :2, :4])
+
+
+def test_layers_come_apart_as_where_sizes_are_their_own():
+  found = slicing.unstacked(PARAMS, AXES)
+  jax.tree.map(np.testing.assert_array_equal, found, unstacked(PARAMS))
+  jax.tree.map(np.testing.assert_array_equal, slicing.unstacked(found, unrolled(AXES, 4)), found)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+  assert jax.tree.map(jnp.shape, slicing.unstacked(shapes, AXES)) == jax.tree.map(jnp.shape, found)
 
 
 def test_sizes_of_their_own_come_out_unstacked():

@@ -13,9 +13,10 @@ from flax.core import meta
 from scipy import stats
 
 from nestnet import Subnet, speculative, timing
+from nestnet.drafts import drafted_by, prepared
 from nestnet.generate import generate
 from nestnet.models.decoder import Decoder
-from nestnet.speculative import drafted_by, measure, speculate
+from nestnet.speculative import measure, speculate
 
 MODEL = Decoder(layers=3, embed=16, heads=4, kv_heads=2, mlp=32, vocab=32, context=24)
 TOKENS = jax.ShapeDtypeStruct((1, 4), jnp.int32)
@@ -62,6 +63,16 @@ def test_leading_layers_draft_with_the_target_s_cache(variables, greedy):
   assert max(found.calls) < NEW
 
 
+def test_no_layer_runs_twice_for_a_token(variables):
+  """The target goes on from what its leading layers have said as the draft."""
+  drafts = prepared(MODEL, variables, Subnet(layers=2))
+  (target, own), (draft, _) = drafts.target, drafts.draft
+  assert (target.layers, draft.layers) == (1, 2) and [*own["params"]["blocks"]] == ["layers_0"]
+  last = jax.tree.map(lambda leaf: leaf[2], variables["params"]["blocks"])
+  jax.tree.map(np.testing.assert_array_equal, own["params"]["blocks"]["layers_0"], last)
+  assert prepared(MODEL, variables, Subnet(layers=2), share_cache=False).target[0].layers == 3
+
+
 def test_another_network_drafts_with_a_cache_of_its_own(variables, greedy):
   rng = np.random.default_rng(1)
   near = jax.tree.map(lambda leaf: leaf + 0.04 * rng.normal(size=leaf.shape).astype(leaf.dtype), variables)
@@ -79,11 +90,12 @@ def test_the_target_accepts_all_that_it_drafts_itself(variables, greedy):
   ("layers=1", 1, None), ("layers=2", 2, False), ("layers=2", 5, None), ("layers=2,mlp=24", 3, None),
   ("mlp=16", 1, None), ("mlp=16", 2, True), ("embed=12", 3, None), ("embed=12", 4, True),
   ("heads=2", 4, None), ("kv_heads=1,heads=2", 5, None), ("kv_heads=1,heads=2", 1, True),
-  ("layers=0+2", 2, None), ("layers=0+2", 3, True), ("mlp=32:16:8", 4, None), ("mlp=32:16:8", 2, True),
+  ("layers=3", 2, None), ("layers=0+2", 2, None), ("layers=0+2", 3, True),
+  ("mlp=32:16:8", 4, None), ("mlp=32:16:8", 2, True),
   ("layers=0+2,mlp=16:32,embed=8,heads=2", 5, None)])
 def test_every_member_drafts_the_target_s_own_text(variables, greedy, text, count, share):
   found = check(variables, greedy, Subnet.parse(text), count, share_cache=share)
-  assert found.shared == (text in ("layers=1", "layers=2") if share is None else share)
+  assert found.shared == (text in ("layers=1", "layers=2", "layers=3") if share is None else share)
 
 
 @pytest.mark.slow
@@ -197,7 +209,8 @@ def test_prompts_of_one_length_share_their_programs(variables):
 @pytest.mark.parametrize("draft, options, message", [
   (Subnet(mlp=64), {}, "draft mlp=64 is larger than the target: .* mlp"),
   (Subnet(layers=4), {}, "draft layers=4 is larger"),
-  (Subnet(kv_heads=1), {}, "draft kv_heads=1 is larger than the target: .*queries"),
+  (Subnet(kv_heads=1), {}, "draft kv_heads=1 is larger than the target: .*: heads=4 in kv_heads=1 groups are 4 in "
+   "each, where the largest has 2; allowed beside kv_heads=1 are at most heads=2"),
   (Subnet(width=4), {}, "'width'"),
   ((MODEL, {}), {"draft_tokens": 0}, "draft_tokens: got 0"),
   ((MODEL, {}), {"draft_tokens": 2.5}, "draft_tokens: got 2.5, allowed is a whole number"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 
 from nestnet.axes import axes
 from nestnet.errors import UserError, one_of
-from nestnet.models.layers import Linear, grouped_attention, project, rms_norm
+from nestnet.models.cache import write
+from nestnet.models.layers import Linear, attend, grouped_attention, project, rms_norm
 from nestnet.models.rotary import frequencies, rotate, scaling
 from nestnet.models.stack import constant, stack
 from nestnet.models.switch import CHOICE
@@ -129,6 +131,18 @@ class Decoder(nn.Module):
     return Subnet(layers=ids, embed=size("embed"), kv_heads=size("kv_heads"),
                   queries=_queries(size("heads"), size("kv_heads")), mlp=size("mlp"))
 
+  def check_member(self, subnet: Subnet) -> None:
+    """Raises `ValueError` where a sub-network has more heads in a group than this network."""
+    full = _pairs(self.heads, self.kv_heads)
+    own = _pairs(*(subnet.chosen.get(axis, getattr(self, axis)) for axis in ("heads", "kv_heads")))
+    for position, i in enumerate(kept_ids(subnet.chosen.get("layers", self.layers))):
+      heads, kv_heads = own[min(position, len(own) - 1)]
+      most = operator.floordiv(*full[min(i, len(full) - 1)])
+      if heads // kv_heads > most:
+        raise UserError(
+          f"{subnet}: heads={heads} in kv_heads={kv_heads} groups are {heads // kv_heads} in each, where the "
+          f"largest has {most}; allowed beside kv_heads={kv_heads} are at most heads={kv_heads * most}")
+
   def check_space(self, space: Space) -> None:
     """Raises `ValueError` where heads of a family are no equal parts of their groups, or too many in one."""
     if space.groups.get("heads", 1) > 1:
@@ -151,7 +165,8 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None, train: bool = False,
-               taps: bool = False, exits: Sequence[int] | str = ()) -> dict[str, Any]:
+               taps: bool = False, exits: Sequence[int] | str = (), inner: jax.Array | None = None
+               ) -> dict[str, Any]:
     """Applies the network.
 
     With a collection `cache` (`init_cache`), keys and values are written to the slots of their row that
@@ -166,6 +181,8 @@ class Decoder(nn.Module):
       taps: Whether to return every block's output.
       exits: Depths, those beyond its own left out, or `"all"`: what the networks of so many leading layers
         would say is returned too, by the same last norm and head (SoFT, 2309.08968).
+      inner: `[batch, length, embed]`, what the first layer reads instead of the tokens' embeddings: the
+        output of a network whose further layers these are.
 
     Returns:
       `logits` `[batch, length, vocab]`, `features` `[batch, length, embed]` behind the last norm, with
@@ -179,17 +196,19 @@ class Decoder(nn.Module):
       raise UserError(f"Decoder: a sequence of {tokens.shape[1]} tokens; allowed are at most "
                       f"context={self.context}")
     typed, exits = dict(dtype=self.dtype, param_dtype=self.param_dtype), self._depths(exits)
+    cached = "cache" in self.variables
     ordered = positions is None
     if ordered:
       positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     x, table = Embedding(self.vocab, self.embed, name="embedding", **typed)(tokens)
+    x = x if inner is None else inner
 
     parts = {
       "attention": functools.partial(
         Attention, head_dim=self.head_dim, qk_norm=self.qk_norm, use_bias=self.attention_bias,
         rope_theta=self.rope_theta, rope_scaling=self.rope_scaling, norm_eps=self.norm_eps, **typed),
-      "mlp": functools.partial(MLP, norm_eps=self.norm_eps, **typed)}
-    if {"cache", CHOICE} <= {*self.variables}:
+      "mlp": functools.partial(MLP, by_row=cached, norm_eps=self.norm_eps, **typed)}
+    if cached and CHOICE in self.variables:
       raise UserError("a cache belongs to one network, and here data chooses which; allowed is the member's "
                       "own module")
     skips = {"layer_dropout": self._rates(), "layer": range(self.layers)} if self.layer_dropout else None
@@ -202,8 +221,10 @@ class Decoder(nn.Module):
       positions=positions, ordered=ordered, key=key)
 
     norm = rms_norm("norm", epsilon=self.norm_eps, **typed)
-    linear = functools.partial(Linear, "embed -> vocab", (self.vocab,), use_bias=False, **typed)
-    head = functools.partial(project, kernel=table.T, dtype=self.dtype) if self.tied else linear(name="head")
+    linear = functools.partial(Linear, "embed -> vocab", (self.vocab,), use_bias=False, by_row=cached,
+                               **typed)
+    head = linear(name="head") if not self.tied else functools.partial(
+      project, kernel=table.T, dtype=self.dtype, by_row=cached)
     features = norm(x)
     result = {"logits": head(features), "features": features} | ({"taps": outputs} if taps else {})
     if exits:
@@ -239,39 +260,6 @@ def head_rows(kv_heads: Sequence[int], queries: Sequence[int]) -> tuple[tuple[in
   return tuple((groups, groups * heads) for groups in kv_heads for heads in queries)
 
 
-def init_cache(module: Decoder, batch: int, slots: int, dtype: Any = None) -> dict[str, Any]:
-  """An empty `cache` of a decoder: keys and values of `slots` positions for each of `batch` rows.
-
-  Args:
-    module: The network that reads and writes it.
-    batch: Number of rows.
-    slots: Number of positions, at most the context.
-    dtype: Of the stored keys and values; that of the computation by default.
-
-  Raises:
-    ValueError: More slots than the context.
-
-  Example:
-    >>> model = Decoder(layers=2, embed=16, heads=4, kv_heads=2, mlp=32, vocab=256)
-    >>> init_cache(model, batch=3, slots=8)["blocks"]["attention"]["key"].shape
-    (2, 3, 8, 2, 4)
-  """
-  if slots > module.context:
-    raise UserError(f"a cache of {slots} slots; allowed are at most context={module.context}")
-
-  def zeros(*lead):
-    return jnp.zeros((*lead, module.head_dim), dtype or module.dtype)
-
-  def layer(*lead):
-    return {"attention": {"key": zeros(*lead), "value": zeros(*lead)}}
-
-  sizes = module.kv_heads
-  if not any(isinstance(getattr(module, axis), tuple) for axis in ("heads", "kv_heads", "mlp")):
-    return {"blocks": layer(module.layers, batch, slots, sizes)}
-  sizes = sizes if isinstance(sizes, tuple) else (sizes,) * module.layers
-  return {"blocks": {f"layers_{i}": layer(batch, slots, size) for i, size in enumerate(sizes)}}
-
-
 class Embedding(nn.Module):
   """Tokens `[batch, length]` to their rows `[batch, length, embed]` of a table, and that table."""
 
@@ -304,8 +292,8 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, constants, *, positions, ordered, key):
-    typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    linear = functools.partial(Linear, use_bias=self.use_bias, **typed)
+    typed, cached = dict(dtype=self.dtype, param_dtype=self.param_dtype), self.has_variable("cache", "key")
+    linear = functools.partial(Linear, use_bias=self.use_bias, by_row=cached, **typed)
     y = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)
     q = linear("embed -> kv_heads queries head_dim", (self.kv_heads, self.queries, self.head_dim), name="q")(
       y)
@@ -316,35 +304,32 @@ class Attention(nn.Module):
       k = rms_norm("k_norm", "head_dim", epsilon=self.norm_eps, **typed)(k)
     waves = frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
     q, k = rotate(q, positions, waves), rotate(k, positions, waves)
-    if self.has_variable("cache", "key"):
-      k, v, visible = self._cached(k, v, positions)
+    if cached:
+      y = attend(q, *self._cached(k, v, positions))
     elif ordered:
-      visible = None
+      y = grouped_attention(q, k, v)
     else:
-      visible = (positions[:, None] <= positions[:, :, None]) & (positions[:, None] >= 0)
-    y = grouped_attention(q, k, v, visible)
+      y = grouped_attention(q, k, v, (positions[:, None] <= positions[:, :, None]) & (positions[:, None] >= 0))
     y = linear("kv_heads queries head_dim -> embed", x.shape[-1:], name="out")(y)
     return x + skipped(self, y, constants, key)
 
   def _cached(self, k, v, positions):
     """Keys and values of all slots, with these written, and which of them each query sees."""
-    stored = {"key": k, "value": v}
-    for name, entries in stored.items():
+    stored = []
+    for name, entries in (("key", k), ("value", v)):
       cache = self.variable("cache", name)
-      batch, slots = cache.value.shape[:2]
-      where = jnp.broadcast_to(jnp.where(positions < 0, slots, positions), (batch, positions.shape[1]))
-      stored[name] = cache.value.at[jnp.arange(batch)[:, None], where].set(
-        entries.astype(cache.value.dtype), mode="drop")
+      stored.append(write(cache.value, entries, positions))
       if self.is_mutable_collection("cache"):
-        cache.value = stored[name]
-    visible = jnp.arange(slots)[None, None] <= positions[:, :, None]
-    return stored["key"].astype(k.dtype), stored["value"].astype(v.dtype), visible
+        cache.value = stored[-1]
+    visible = jnp.arange(stored[0].shape[2])[None, None] <= positions[:, :, None]
+    return *(x.astype(k.dtype) for x in stored), visible
 
 
 class MLP(nn.Module):
   """SwiGLU on a residual branch; `[batch, length, embed]` to the same."""
 
   mlp: int
+  by_row: bool = False
   norm_eps: float = 1e-6
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -353,7 +338,7 @@ class MLP(nn.Module):
   def __call__(self, x, constants, *, positions, ordered, key):
     del positions, ordered
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    linear = functools.partial(Linear, use_bias=False, **typed)
+    linear = functools.partial(Linear, use_bias=False, by_row=self.by_row, **typed)
     y = rms_norm("norm", epsilon=self.norm_eps, **typed)(x)
     gate, up = (linear("embed -> mlp", (self.mlp,), name=name)(y) for name in ("gate", "up"))
     y = linear("mlp -> embed", x.shape[-1:], name="down")(nn.silu(gate) * up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ from nestnet.models.stack import constant
 
 # Of the queries of a long sequence; more save little and take long to compile.
 BLOCKS = 4
+# Rows that are multiplied one by one, where that is asked for; more are faster together.
+FEW = 8
 
 
 class Linear(nn.Module):
@@ -30,6 +33,7 @@ class Linear(nn.Module):
     use_bias: Whether to add a bias over the produced axes.
     scaling: What `take` makes of the kernel where it cuts contracted axes: `"none"`, or `"ratio"`
       (`nestnet.models.scaling.WidthRatio`).
+    by_row: As of `project`.
   """
 
   names: str
@@ -38,6 +42,7 @@ class Linear(nn.Module):
   param_dtype: Any = jnp.float32
   use_bias: bool = True
   scaling: str = "none"
+  by_row: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -55,15 +60,29 @@ class Linear(nn.Module):
       produced = "-> " + " ".join(named.names[n:])
       bias = self.param(
         "bias", axes(nn.initializers.zeros, produced), self.outputs, self.param_dtype).reshape(1, fan_out)
-    y = project(x.reshape(-1, fan_in), kernel.reshape(fan_in, fan_out), bias, self.dtype)
+    y = project(x.reshape(-1, fan_in), kernel.reshape(fan_in, fan_out), bias, self.dtype, self.by_row)
     return y.reshape(x.shape[:-n] + self.outputs)
 
 
-def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, dtype: Any = jnp.float32
-            ) -> jax.Array:
-  """`x @ kernel + bias` in a type: `[..., inputs]` to `[..., outputs]`, as one 2-D matmul."""
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, dtype: Any = jnp.float32,
+            by_row: bool = False) -> jax.Array:
+  """`x @ kernel + bias` in a type: `[..., inputs]` to `[..., outputs]`, as one 2-D matmul.
+
+  Args:
+    x: The input.
+    kernel: `[inputs, outputs]`.
+    bias: `[1, outputs]`.
+    dtype: Of the product.
+    by_row: Whether few rows are multiplied one by one on CPU, where the product of several copies the
+      kernel first, at several times the cost of one row; and each is what it would be alone, bit for bit.
+  """
   affine = _affine if jnp.dtype(dtype) == kernel.dtype else _mixed
-  y = affine(x.reshape(-1, x.shape[-1]).astype(dtype), kernel, bias)
+  rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+  if by_row and 1 < len(rows) <= FEW:
+    single = lambda *args: jnp.concatenate([affine(rows[i:i + 1], *args) for i in range(len(rows))])
+    y = jax.lax.platform_dependent(kernel, bias, cpu=single, default=functools.partial(affine, rows))
+  else:
+    y = affine(rows, kernel, bias)
   return y.reshape(x.shape[:-1] + kernel.shape[1:])
 
 
@@ -123,22 +142,23 @@ def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arr
     As `q`.
   """
   length = q.shape[1]
+  k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
   if visible is not None:
-    return _grouped(q, k, v, visible)
+    return attend(q, k, v, visible)
   # Long sequences in blocks, each with the keys up to its end: 3/8 less of what nobody sees.
   blocks = BLOCKS if length >= 32 * BLOCKS else 1
   ends = [length * i // blocks for i in range(blocks + 1)]
   order = jnp.arange(length)[None]
   return jnp.concatenate([
-    _grouped(q[:, start:end], k[:, :end], v[:, :end], order[:, None, :end] <= order[:, start:end, None])
+    attend(q[:, start:end], k[:, :, :end], v[:, :, :end], order[:, None, :end] <= order[:, start:end, None])
     for start, end in zip(ends, ends[1:])], axis=1)
 
 
-def _grouped(q, k, v, visible):
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+  """`grouped_attention` with keys and values of a group side by side, `[batch, kv_heads, keys, head_dim]`."""
   batch, length, groups, queries, width = q.shape
   # The queries of a group as further rows: one product for each group, whose keys are not repeated.
   q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, queries * length, width)
-  k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
   scores = jnp.einsum("bgtd,bgsd->bgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(width)
   scores = scores.reshape(batch, groups, queries, length, -1)
   # A finite bound, as rows of minus infinities have no derivative.

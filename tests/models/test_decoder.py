@@ -14,7 +14,8 @@ from flax.core import meta
 from nestnet import Space, Subnet, options, take
 from nestnet.axes import variable_axes
 from nestnet.execution import Supernet
-from nestnet.models.decoder import Decoder, init_cache
+from nestnet.models.cache import init_cache
+from nestnet.models.decoder import Decoder
 
 BATCH, LENGTH = 4, 8
 TOKENS = np.random.default_rng(1).integers(0, 11, (BATCH, LENGTH)).astype(np.int32)

@@ -12,7 +12,8 @@ import pytest
 from nestnet import Space, Subnet, cost, take
 from nestnet.axes import is_axes, variable_axes
 from nestnet.execution import Supernet, sizes_of
-from nestnet.models.decoder import head_rows, init_cache
+from nestnet.models.cache import init_cache
+from nestnet.models.decoder import head_rows
 from nestnet.one_program import OneProgram
 from nestnet.pieces import Pieces
 from tests.models.test_decoder import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from nestnet.models.layers import Linear, attention, grouped_attention
+from nestnet.models.layers import FEW, Linear, attention, grouped_attention, project
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -60,3 +60,20 @@ def test_a_query_that_sees_nothing_has_a_derivative():
   loss = lambda *args: grouped_attention(*args, visible).sum()
   grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, k)
   assert all(np.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("count", [1, 3, FEW, FEW + 1])
+def test_few_rows_are_what_they_would_be_alone(count):
+  """On CPU bit for bit, so that tokens checked together are those of single steps."""
+  rng = np.random.default_rng(0)
+  x, kernel, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((count, 48), (48, 80), (1, 80)))
+
+  @jax.jit
+  def run(x, kernel, bias):
+    alone = [project(x[i:i + 1], kernel, bias) for i in range(count)]
+    return jnp.concatenate(alone), project(x, kernel, bias, by_row=True)
+
+  alone, together = run(x, kernel, bias)
+  np.testing.assert_allclose(together, x @ kernel + bias, rtol=1e-5, atol=1e-5)
+  if count <= FEW and jax.default_backend() == "cpu":
+    np.testing.assert_array_equal(alone, together)
