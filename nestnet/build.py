@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from nestnet import beside
@@ -274,10 +275,13 @@ def _step(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Me
   supernet = _supernet(config, dataset)
   optim = {k: v for k, v in config["optim"].items() if k not in RATE}
   shards = config["mesh"].get("data", 1) if config["train"].get("per_shard_subnets") else 1
+  passes = minimised.passes({k: shape for k, (shape, _) in dataset.entries.items()}) if minimised.passes else ()
+  for shape in {p.shape for p in passes}:
+    # A crop that the network cannot read is told of here.
+    jax.eval_shape(supernet.model.apply, supernet.shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
   made = Recipe(
     _sampler(recipe["sampler"], supernet.space, seed, shards, Context(*phase, _cost(supernet))),
-    minimised, ema=rising(recipe.get("ema", 0.999), recipe.get("ema_end"), *phase),
-    passes=minimised.passes({k: shape for k, (shape, _) in dataset.entries.items()}) if minimised.passes else (),
+    minimised, passes=passes, ema=rising(recipe.get("ema", 0.999), recipe.get("ema_end"), *phase),
     **{k: recipe[k] for k in ("teacher", "hands_out", "select", "judge", "untouched") if k in recipe})
   if optim.get("coupled") and made.untouched == "decay_only":
     raise UserError("config.recipe.untouched=decay_only with config.optim.coupled=True, whose decay is a part of "
