@@ -46,7 +46,8 @@ def test_backbones_of_every_size_come_out_with_their_heads(tmp_path, net, small)
   run, out = tmp_path / "run", tmp_path / "small"
   assert runs.train(config(net), run, show_progress=False)
   rows = report.read_rows(run / "subnets.json")
-  assert len(rows) == runs.opened(run)[0].supernet.space.size and all(0 <= row["knn"] <= 1 and 0 <= row["validation_knn"] <= 1 for row in rows)
+  size = runs.opened(run)[0].supernet.space.size
+  assert len(rows) == size and all(0 <= row["knn"] <= 1 and 0 <= row["validation_knn"] <= 1 for row in rows)
   _, difference = extraction.extract_run(run, out, small)
   assert difference == 0
   opened, _, state = runs.opened(run)
