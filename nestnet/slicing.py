@@ -81,9 +81,10 @@ def unstacked(tree: Any, axes: Any) -> Any:
     axes: Its axis names.
 
   Example:
-    >>> params = {"blocks": {"bias": jnp.ones((2, 4))}}
-    >>> jax.tree.map(jnp.shape, unstacked(params, {"blocks": {"bias": "layers: -> mlp"}}))
-    {'blocks': {'layers_0': {'bias': (4,)}, 'layers_1': {'bias': (4,)}}}
+    >>> params = {"blocks": {"bias": jnp.ones((2, 4))}, "last": jnp.ones(3)}
+    >>> names = {"blocks": {"bias": "layers: -> mlp"}, "last": "-> embed"}
+    >>> jax.tree.map(jnp.shape, unstacked(params, names))
+    {'blocks': {'layers_0': {'bias': (4,)}, 'layers_1': {'bias': (4,)}}, 'last': (3,)}
   """
   if is_axes(axes) or not isinstance(axes, Mapping):
     return tree

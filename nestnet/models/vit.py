@@ -168,7 +168,9 @@ class ViT(nn.Module):
 
   def _positions(self, shape, rows):
     """Learned positions `[tokens, embed]`, for other numbers of patches interpolated between its own."""
-    own = self.get_variable("params", "positions").shape if self.has_variable("params", "positions") else shape
+    own = shape
+    if self.has_variable("params", "positions"):
+      own = jax.tree.leaves(self.get_variable("params", "positions"))[0].shape
     init = axes(nn.initializers.normal(self.position_std), "-> tokens embed")
     positions = self.param("positions", init, own, self.param_dtype)
     if own[0] == shape[0]:
