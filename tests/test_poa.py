@@ -13,7 +13,6 @@ import nestnet
 from nestnet import build, extraction, recipes, report, runs
 from nestnet.data import arrays
 from nestnet.errors import UserError
-from nestnet.slicing import take
 
 CROPS = {"augment": "digits", "global_crops_size": 8, "global_crops_scale": (0.5, 1.0), "local_crops_number": 2,
          "local_crops_size": 4, "local_crops_scale": (0.2, 0.5)}
@@ -23,7 +22,6 @@ VIT = dict(model={"name": "ViT", "layers": 3, "embed": 16, "heads": 2, "mlp": 32
 SWIN = dict(model={"name": "Swin", "embed": 16, "layers_1": 1, "layers_2": 3, "multiples": (1, 2), "head_dim": 8,
                    "window": 2, "patch": 1, "width_scaling": "ratio"},
             space={"embed": (8, 16), "layers_2": ((0, 2), 3)})
-RESNET = dict(model={"name": "TinyResNet"}, space={"width": (4, 8)})
 
 
 def config(net=VIT, name="poa", steps=2, told_after=200, rate=1e-3, **options):
@@ -40,8 +38,8 @@ def config(net=VIT, name="poa", steps=2, told_after=200, rate=1e-3, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("net, small", [
-  (VIT, "layers=0+2,embed=8,heads=1,mlp=16"), (SWIN, "embed=8,layers_2=0+2"), (RESNET, "width=4")],
-  ids=["vit", "swin", "resnet"])
+  (VIT, "layers=0+2,embed=8,heads=1,mlp=16"), (SWIN, "embed=8,layers_2=0+2")],
+  ids=["vit", "swin"])
 def test_backbones_of_every_size_come_out_with_their_heads(tmp_path, net, small):
   run, out = tmp_path / "run", tmp_path / "small"
   assert runs.train(config(net), run, show_progress=False)

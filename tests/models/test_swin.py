@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from nestnet import Space, Subnet, cli, count_params, extraction, load, runs, save, take
+from nestnet import Space, Subnet, cli, count_params, load, save, take
 from nestnet.axes import is_axes, variable_axes
 from nestnet.execution import Supernet, extract, sizes_of
 from nestnet.models import architecture
@@ -193,7 +193,7 @@ def test_slice_in_place_equals_the_extracted_network_bit_for_bit(text, variables
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subnet", [m for m in SPACE if m.chosen["expand_2"] == 2], ids=str)
+@pytest.mark.parametrize("subnet", [m for m in SPACE if m.chosen["expand_2"] == 2][::3], ids=str)
 def test_every_width_and_depth_in_place_equals_the_extracted_network(subnet, variables):
   module = NET.module(subnet)
   in_place = jax.jit(lambda v, x: module.apply(NET.cut(v, subnet), x))(variables, IMAGES)
@@ -305,19 +305,6 @@ def test_as_data_equals_the_slice(variables, compiled):
 
 
 # Options and errors.
-
-
-@pytest.mark.slow
-def test_its_config_trains(tmp_path):
-  """Two steps, evaluation, and the smallest member extracted."""
-  config = cli.load_config(str(ROOT / "configs" / "digits_clutter_swin.py"))
-  with config.unlocked():
-    config.model.update(embed=16, layers_2=2)
-    config.space.update(embed=(8, 16), layers_1=(2,), layers_2=(1, 2), pool=("embed=8,layers_2=1", "embed=16"))
-    config.train.update(steps=2, batch_size=8, log_every=1)
-    config.optim.warmup_steps = 1
-  assert runs.train(config, tmp_path / "run", show_progress=False)
-  assert extraction.extract_run(tmp_path / "run", tmp_path / "out", "smallest")[1] == 0.0
 
 
 def test_the_small_network_of_its_config():
