@@ -29,12 +29,14 @@ def get_config(method: str = "poa") -> ml_collections.ConfigDict:
   config.space = dict(
     layers=spaced(4, (2, 3, 4)),
     couple={"embed heads mlp": ((16, 1, 64), (32, 2, 128), (48, 3, 192))},
-    # Small, base and large: what is compared. All nine train and stand in the table of a run.
-    pool=())
+    # Small, base and large, 1:6:16 in parameters: what is compared. All nine train and stand in a run's table.
+    pool=("layers=0+3,embed=16,heads=1,mlp=64", "layers=0+1+3,embed=32,heads=2,mlp=128",
+          "layers=4,embed=48,heads=3,mlp=192"))
   config.recipe = self_distillation(name=method) if method in ("separate", "truncate") else recipe(method)
   config.recipe["objective"].update(
     prototypes=(64, 128, 256), hidden=128, bottleneck=32, warmup_steps=STEPS // 10)
   config.recipe.update(ema=0.98, ema_end=0.999)
+  config.recipe["sampler"]["whole"] = True
   config.data = dict(name="digits_clutter", data_dir="", augment="none", crops=dict(
     augment="digits", global_crops_size=12, global_crops_scale=(0.5, 1.0), local_crops_number=2, local_crops_size=9,
     local_crops_scale=(0.2, 0.5)))

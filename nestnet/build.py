@@ -279,6 +279,9 @@ def _step(config: dict[str, Any], dataset: Dataset | Text, mesh: jax.sharding.Me
   for shape in {p.shape for p in passes}:
     # A crop that the network cannot read is told of here.
     jax.eval_shape(supernet.model.apply, supernet.shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+  for key in ("ema", "ema_end"):
+    if not 0 <= (value := recipe.get(key) or 0.0) <= 1:
+      raise UserError(f"config.recipe.{key}: got {value}, allowed is 0 to 1")
   made = Recipe(
     _sampler(recipe["sampler"], supernet.space, seed, shards, Context(*phase, _cost(supernet))),
     minimised, passes=passes, ema=rising(recipe.get("ema", 0.999), recipe.get("ema_end"), *phase),

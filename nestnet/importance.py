@@ -79,7 +79,7 @@ class Sort:
     seen = _activations(step, state, border.batches, self.batches) if self.by == "activation" else None
     model, groups = step.supernet.model, step.supernet.space.groups
     make = lambda weights, seen: orders(model, step.axes, weights, axes, self.by, trained, seen, groups)
-    found = jax.jit(make)(state.trained, seen)
+    found = jax.jit(make)(step.weights(state), seen)
     sorted_ = permuted(step, state, found)
     _check_same(_outputs(step, state), _outputs(step, sorted_), found)
     return sorted_
@@ -274,7 +274,7 @@ def _cut(supernet: Supernet, sizes: Mapping[str, Any]) -> list[str]:
 def _activations(step: Step, state: TrainState, batches: Any, count: int) -> Any:
   """How large the inputs of every kernel are on the next batches of training."""
   supernet, start = step.supernet, int(state.step)
-  variables = {"params": state.trained["model"], **state.fixed}
+  variables = {"params": step.weights(state)["model"], **state.fixed}
   seen = activations(supernet.model, supernet.axes["params"], variables,
                      (put_batch(batches[start + i], step.mesh) for i in range(count)),
                      step.recipe.objective.forward)
@@ -319,4 +319,4 @@ def _outputs(step: Step, state: TrainState) -> jax.Array:
     return _scores_of(module.apply(variables, *inputs))
 
   with jax.default_matmul_precision("float32"):
-    return run(state.trained, state.fixed)
+    return run(step.weights(state), state.fixed)

@@ -211,7 +211,8 @@ def poa(n: int = 1) -> dict[str, Any]:
     "centering": "sinkhorn", "iterations": 3, "center_momentum": 0.9, "student_temperature": 0.1,
     "teacher_temperature": 0.07, "warmup_temperature": 0.04, "warmup_steps": 0, "frozen_steps": 0, "patches": 0.0,
     "patch_delay": 0, "told_after": 200}
-  sampler = {"name": "intact", "n": n, "width_bias": 3.0, "depth_bias": 3.0, "whole_first": True}
+  sampler = {"name": "intact", "n": n, "width_bias": 3.0, "depth_bias": 3.0, "whole_first": True,
+             "whole": False}
   return _recipe("poa", sampler) | {
     "objective": objective, "teacher": "ema", "ema": 0.992, "ema_end": 0.9999, "hands_out": "teacher"}
 

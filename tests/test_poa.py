@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import safetensors.numpy
 
 import nestnet
-from nestnet import build, extraction, recipes, report, runs
+from nestnet import build, cli, compare, evaluation, extraction, recipes, report, runs
 from nestnet.data import arrays
 from nestnet.errors import UserError
 
+CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits_clutter_poa.py"
 CROPS = {"augment": "digits", "global_crops_size": 8, "global_crops_scale": (0.5, 1.0), "local_crops_number": 2,
          "local_crops_size": 4, "local_crops_scale": (0.2, 0.5)}
 VIT = dict(model={"name": "ViT", "layers": 3, "embed": 16, "heads": 2, "mlp": 32, "head_dim": 8, "patch": 2,
@@ -82,12 +84,24 @@ def test_a_run_that_does_not_learn_says_so(tmp_path, caplog):
 
 def test_flops_are_those_of_all_crops():
   found = build.build(config())
-  from nestnet import evaluation
   of = {side: evaluation.member_flops(found.supernet, (side, side, 1)) for side in (8, 4)}
   terms = found.step.recipe.sampler.terms(0)
   trained = sum(2 * of[8](t.candidates[0], True) + 2 * of[4](t.candidates[0], True) for t in terms)
   taught = 2 * of[8](found.supernet.space.largest, False)
   assert evaluation.step_flops(found.step)(0) == trained + taught and len(terms) == 2
+
+
+def test_the_config_compares_three_of_nine_members(tmp_path):
+  made = [cli.load_config(f"{CONFIG}:{name}") for name in ("separate", "poa", "poa_no_same_view", "truncate")]
+  tasks = compare.plan(made, 1, tmp_path, ("equal steps", "equal shares"))
+  sizes = made[1].space.pool
+  nested = next(task for task in tasks if task.recipe == "poa")
+  assert nested.sizes == sizes and len(tasks) == 2 * len(sizes) + 3
+  alone = [t.train_flops for t in tasks if t.recipe == "separate" and t.budgets == ("equal shares",)]
+  assert alone == pytest.approx([nested.train_flops / 3] * 3, rel=0.01)
+  # All nine train, not those alone that are compared.
+  drawn = build.build(nested.config).step.recipe.sampler
+  assert len({drawn.terms(step)[1].candidates[0] for step in range(60)}) == 8
 
 
 @pytest.mark.parametrize("change, message", [
@@ -96,6 +110,7 @@ def test_flops_are_those_of_all_crops():
   (lambda c: c["data"]["crops"].update(local_crops_size=3), "3 x 3 does not divide into patches of 2"),
   (lambda c: c["recipe"].update(teacher="largest"), "hands_out=teacher"),
   (lambda c: c["recipe"].update(hands_out="student"), "hands_out.*trained, teacher"),
+  (lambda c: c["recipe"].update(ema_end=1.5), "config.recipe.ema_end: got 1.5, allowed is 0 to 1"),
   (lambda c: c["recipe"]["objective"].update(prototypes=(1,)), "prototypes"),
   (lambda c: c["eval"].update(knn_k=(5000,)), "knn_k"),
   (lambda c: c["optim"].update(layer_decay=1.5), "layer_decay=1.5"),

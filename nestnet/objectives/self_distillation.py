@@ -64,10 +64,10 @@ def self_distillation(
     ValueError: Fewer than 2 prototypes, or another option that is out of range.
   """
   prototypes = tuple(prototypes)
-  _check(prototypes, hidden, bottleneck, intact_weight, student_temperature, teacher_temperature,
-         warmup_temperature, {"pairs": pairs, "koleo_reduce": koleo_reduce, "centering": centering},
+  _check(prototypes, hidden, bottleneck, iterations, intact_weight, center_momentum,
+         (student_temperature, teacher_temperature, warmup_temperature), {"pairs": pairs, "koleo_reduce": koleo_reduce, "centering": centering},
          {"same_view": same_view, "koleo": koleo, "patches": patches, "warmup_steps": warmup_steps,
-          "frozen_steps": frozen_steps, "patch_delay": patch_delay})
+          "frozen_steps": frozen_steps, "patch_delay": patch_delay, "told_after": told_after})
   count, uniform = len(prototypes), sum(map(math.log, prototypes)) / len(prototypes)
   each_koleo = koleo * (0.5 if koleo_reduce == "mean" else 1.0)
 
@@ -252,14 +252,16 @@ def _sums(values: jax.Array, rows: jax.Array) -> jax.Array:
   return (values * rows[..., None]).reshape(len(values), -1, values.shape[-1]).sum(1)
 
 
-def _check(prototypes, hidden, bottleneck, intact_weight, student, teacher, warmup, named, numbers):
+def _check(prototypes, hidden, bottleneck, iterations, intact_weight, momentum, temperatures, named, numbers):
   if not prototypes or any(not isinstance(k, int) or k < 2 for k in prototypes):
     raise UserError(f"self_distillation: prototypes={list(prototypes)}; allowed is a list of whole numbers of at "
                     "least 2, one for each head")
-  if min(hidden, bottleneck) < 1 or not 0 <= intact_weight <= 1 or min(student, teacher, warmup) <= 0:
+  if min(hidden, bottleneck, iterations) < 1 or min(temperatures) <= 0 or not (
+      0 <= intact_weight <= 1 and 0 <= momentum <= 1):
     raise UserError(
-      f"self_distillation: hidden={hidden}, bottleneck={bottleneck}, intact_weight={intact_weight}, temperatures "
-      f"{student}, {teacher}, {warmup}; allowed: widths of at least 1, a weight in [0, 1], temperatures above 0")
+      f"self_distillation: hidden={hidden}, bottleneck={bottleneck}, iterations={iterations}, intact_weight="
+      f"{intact_weight}, center_momentum={momentum}, temperatures {', '.join(map(str, temperatures))}; allowed: "
+      "at least 1 for the first three, [0, 1] for the next two, temperatures above 0")
   for option, allowed in (("pairs", ("joint", "separate")), ("koleo_reduce", ("mean", "sum")),
                           ("centering", ("sinkhorn", "ema"))):
     if named[option] not in allowed:

@@ -330,7 +330,10 @@ def test_a_collapse_is_told_once_it_lasts():
   (dict(prototypes=(1, 8)), r"prototypes=\[1, 8\].*at least 2"),
   (dict(prototypes=()), "prototypes"),
   (dict(centering="mean"), "sinkhorn, ema"),
-  (dict(intact_weight=1.5), r"a weight in \[0, 1\]"),
+  (dict(intact_weight=1.5), r"intact_weight=1.5.*\[0, 1\] for the next two"),
+  (dict(iterations=0), "iterations=0.*at least 1 for the first three"),
+  (dict(center_momentum=-0.1), "center_momentum=-0.1"),
+  (dict(teacher_temperature=0.0), "temperatures 0.1, 0.0, 0.04"),
   (dict(koleo=-0.1), "koleo=-0.1"),
 ])
 def test_options_out_of_range(options, message):
