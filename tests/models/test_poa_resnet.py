@@ -112,7 +112,7 @@ def test_total_strides(model, side, strides):
 
 def by_torch(model, params, images):
   """The network as torchvision has it, with GroupNorm; from a tree whose layers are stacked."""
-  torch = pytest.importorskip("torch")
+  import torch
   f, tensor = torch.nn.functional, lambda x: torch.tensor(np.asarray(x))
 
   def conv(node, x, stride=1):
@@ -137,6 +137,7 @@ def by_torch(model, params, images):
   return {"tokens": tokens.numpy(), "features": tokens.mean(1).numpy(), "logits": logits.numpy()}
 
 
+@pytest.mark.interop
 @both
 def test_a_member_computes_what_torch_does(name):
   module, small, found = extracted(name, MEMBERS[0])

@@ -21,7 +21,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 @pytest.fixture(scope="module")
 def network():
   """Theirs, with our activation and epsilon, and weights that are random everywhere."""
-  torch = pytest.importorskip("torch")
+  import torch
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import SwinConfig, SwinModel
