@@ -127,6 +127,15 @@ def test_the_tpu_compiler_itself(config, tmp_path):
 
 
 @pytest.mark.interop
+def test_members_of_every_shard_are_planned(config):
+  """Which these are stands in an array, which chips that are not here cannot hold."""
+  code, text, err = run(config, "--topology=v5e:2x2", "--mesh=data:4", "--config.train.per_shard_subnets=True",
+                        "--config.train.execution=one_program", "--config.recipe.sampler.random=2")
+  assert code == 0, err
+  assert "gradient, taught, layers=1" in text
+
+
+@pytest.mark.interop
 def test_mistakes_that_only_the_compiling_process_sees(config):
   code, out, err = run(config, "--topology=v5e:2x2", "--mesh=data:4", "--config.train.batch_size=6")
   assert (code, out) == (2, "") and "batch_size: got 6" in err and "Traceback" not in err
