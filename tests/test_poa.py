@@ -22,15 +22,17 @@ VIT = dict(model={"name": "ViT", "layers": 3, "embed": 16, "heads": 2, "mlp": 32
                   "pool": "token", "width_scaling": "ratio"},
            space={"layers": ((0, 2), 3), "couple": {"embed heads mlp": ((8, 1, 16), (16, 2, 32))}})
 SWIN = dict(model={"name": "Swin", "embed": 16, "layers_1": 1, "layers_2": 3, "multiples": (1, 2), "head_dim": 8,
-                   "window": 2, "patch": 1, "width_scaling": "ratio"},
+                   "window": 2, "patch": 1, "width_scaling": "ratio", "masked": True},
             space={"embed": (8, 16), "layers_2": ((0, 2), 3)})
+# Of 8 x 8 cells, as the first stage has positions; the last one has a quarter of them.
+MASKS = {"mask_sample_probability": 0.5, "mask_patch": 1}
 
 
-def config(net=VIT, name="poa", steps=2, told_after=200, rate=1e-3, **options):
+def config(net=VIT, name="poa", steps=2, told_after=200, rate=1e-3, crops=CROPS, **options):
   made = recipes.self_distillation(name=name) if name == "separate" else recipes.recipe(name)
   made["objective"] |= {"prototypes": (8, 16), "hidden": 12, "bottleneck": 6, "told_after": told_after} | options
   return {
-    "seed": 0, **net, "recipe": made, "data": {"name": "digits", "data_dir": "", "augment": "none", "crops": CROPS},
+    "seed": 0, **net, "recipe": made, "data": {"name": "digits", "data_dir": "", "augment": "none", "crops": crops},
     "optim": {"name": "adamw", "learning_rate": rate, "schedule": "cosine", "warmup_steps": 0,
               "weight_decay": 0.04, "weight_decay_end": 0.4, "layer_decay": 0.9, "clip_norm": 1.5},
     "train": {"steps": steps, "batch_size": 16, "checkpoint_every": 2, "log_every": 1, "eval_every": 0,
@@ -39,12 +41,13 @@ def config(net=VIT, name="poa", steps=2, told_after=200, rate=1e-3, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net, small", [
-  (VIT, "layers=0+2,embed=8,heads=1,mlp=16"), (SWIN, "embed=8,layers_2=0+2")],
-  ids=["vit", "swin"])
-def test_backbones_of_every_size_come_out_with_their_heads(tmp_path, net, small):
+@pytest.mark.parametrize("net, small, options", [
+  (VIT, "layers=0+2,embed=8,heads=1,mlp=16", {}),
+  (SWIN, "embed=8,layers_2=0+2", {"patches": 1.0, "crops": CROPS | MASKS})],
+  ids=["vit", "swin, masked"])
+def test_backbones_of_every_size_come_out_with_their_heads(tmp_path, net, small, options):
   run, out = tmp_path / "run", tmp_path / "small"
-  assert runs.train(config(net), run, show_progress=False)
+  assert runs.train(config(net, **options), run, show_progress=False)
   rows = report.read_rows(run / "subnets.json")
   size = runs.opened(run)[0].supernet.space.size
   assert len(rows) == size and all(0 <= row["knn"] <= 1 and 0 <= row["validation_knn"] <= 1 for row in rows)

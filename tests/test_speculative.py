@@ -87,11 +87,8 @@ def test_the_target_accepts_all_that_it_drafts_itself(variables, greedy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text, count, share", [
-  ("layers=1", 1, None), ("layers=2", 2, False), ("layers=2", 5, None), ("layers=2,mlp=24", 3, None),
-  ("mlp=16", 1, None), ("mlp=16", 2, True), ("embed=12", 3, None), ("embed=12", 4, True),
-  ("heads=2", 4, None), ("kv_heads=1,heads=2", 5, None), ("kv_heads=1,heads=2", 1, True),
-  ("layers=3", 2, None), ("layers=0+2", 2, None), ("layers=0+2", 3, True),
-  ("mlp=32:16:8", 4, None), ("mlp=32:16:8", 2, True),
+  ("layers=1", 1, None), ("layers=2", 2, False), ("layers=2,mlp=24", 3, None), ("mlp=16", 2, True),
+  ("embed=12", 4, True), ("kv_heads=1,heads=2", 5, None), ("layers=0+2", 3, True), ("mlp=32:16:8", 4, None),
   ("layers=0+2,mlp=16:32,embed=8,heads=2", 5, None)])
 def test_every_member_drafts_the_target_s_own_text(variables, greedy, text, count, share):
   found = check(variables, greedy, Subnet.parse(text), count, share_cache=share)
@@ -135,7 +132,7 @@ def probabilities(module, variables, temperature, new):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text, count", [
-  ("layers=1", 2), ("layers=1", 1), ("embed=4", 4), ("mlp=2", 3)])
+  ("layers=1", 2), ("embed=4", 4)])
 def test_what_is_drawn_has_the_target_s_distribution(text, count):
   variables, temperature, new = randomised(TOY, seed=3, scale=0.7), 0.5, 3
   draw = functools.partial(speculate, TOY, variables, Subnet.parse(text), max_new_tokens=new,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.axes import Axes, axes
+from nestnet.errors import UserError
 from nestnet.models.scaling import scaling_rule
 from nestnet.models.stack import constant
 
@@ -183,6 +184,51 @@ def layer_norm(name: str, axis: str = "embed", dtype: Any = jnp.float32,
     epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, name=name, reduction_axes=last, feature_axes=last,
     scale_init=axes(nn.initializers.ones, f"-> {axis}"),
     bias_init=axes(nn.initializers.zeros, f"-> {axis}"))
+
+
+def hide(module: nn.Module, x: jax.Array, mask: jax.Array | None, axis: str = "embed") -> jax.Array:
+  """What a network with a field `masked` sees under a mask: a learned token in place of some positions (iBOT,
+  2111.07832).
+
+  Args:
+    module: The network; where it is not `masked`, it has no token and there may be no mask.
+    x: `[batch, positions, channels]`, or a map `[batch, rows, columns, channels]`.
+    mask: Booleans `[batch, cells]`, row by row: those that are hidden. Cells are positions; on a map they are
+      squares of positions, on a square grid.
+    axis: Name of the channels.
+
+  Raises:
+    ValueError: There is a mask and no token for it, or a map does not divide into the mask's cells.
+  """
+  if not module.masked:
+    if mask is not None:
+      raise UserError(f"{type(module).__name__}: a mask was given, and masked=False; allowed is model.masked=True")
+    return x
+  token = module.param("mask", axes(nn.initializers.zeros, f"-> {axis}"), x.shape[-1:], module.param_dtype)
+  if mask is None:
+    return x
+  if x.ndim == 4:
+    mask = on_grid(mask[..., None], x.shape[1:3])[..., 0]
+  return jnp.where(mask[..., None], token.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)), x)
+
+
+def on_grid(cells: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Cells `[batch, cells, channels]` of a square grid as a map `[batch, *shape, channels]`, the nearest for each
+  position.
+
+  Raises:
+    ValueError: They are no square grid, or positions do not divide into them.
+
+  Example:
+    >>> on_grid(jnp.arange(4).reshape(1, 4, 1), (2, 4))[0, ..., 0].tolist()
+    [[0, 0, 1, 1], [2, 2, 3, 3]]
+  """
+  side = math.isqrt(cells.shape[1])
+  if side * side != cells.shape[1] or any(n % side for n in shape):
+    raise UserError(f"{cells.shape[1]} cells on a map of {shape[0]} x {shape[1]}; allowed are those of a square "
+                    "grid whose side divides the map's")
+  grid = cells.reshape(len(cells), side, side, -1)
+  return grid.repeat(shape[0] // side, axis=1).repeat(shape[1] // side, axis=2)
 
 
 def layer_scaled(module: nn.Module, y: jax.Array) -> jax.Array:

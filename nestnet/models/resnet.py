@@ -14,7 +14,7 @@ from nestnet.choices import spaced
 from nestnet.errors import UserError, one_of
 from nestnet.models.bottleneck import Bottleneck
 from nestnet.models.convolution import NORMS, ConvNorm
-from nestnet.models.layers import Linear
+from nestnet.models.layers import Linear, hide
 from nestnet.models.stack import stack
 from nestnet.space import Space
 from nestnet.subnet import INPUTS, Subnet, kept_ids
@@ -51,6 +51,7 @@ class ResNet(nn.Module):
     groups: Number of groups instead, whatever the width: each member has groups of its own (32 in POA).
     zero_gamma: Whether residual branches start at 0: the scale of their last normalisation does.
     epsilon: Of the normalisation.
+    masked: Whether a learned token stands for the positions behind the stem that `mask` names.
     dropout: Rate of dropout on the features.
     remat: Whether to recompute blocks in the backward pass.
     unroll: Blocks in one iteration of the scan over the equal blocks of a stage.
@@ -75,6 +76,7 @@ class ResNet(nn.Module):
   groups: int | None = None
   zero_gamma: bool = False
   epsilon: float = 1e-5
+  masked: bool = False
   dropout: float = 0.0
   remat: bool = False
   unroll: int = 1
@@ -180,7 +182,8 @@ class ResNet(nn.Module):
         self.sizes(Subnet(**{axis: size}))
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False) -> dict[str, Any]:
+  def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False,
+               mask: jax.Array | None = None) -> dict[str, Any]:
     """Applies the network.
 
     Args:
@@ -188,18 +191,23 @@ class ResNet(nn.Module):
       train: Whether dropout is on, with the `dropout` rng, and batches are normalised by their own
         statistics although calibrated ones are there.
       taps: Whether to return every block's output.
+      mask: Booleans `[batch, cells]` of a square grid over the image, row by row: those that a network that is
+        `masked` sees a token in place of. Each is a square of positions behind the stem.
 
     Returns:
       `logits` `[batch, classes]` unless it is a backbone, `tokens` `[batch, positions, channels]`, what the
       last stage gives, `features` `[batch, channels]`, their mean, and with `taps` the blocks' outputs, for
       each stage `[layers, batch, rows, columns, channels]`.
+
+    Raises:
+      ValueError: A map does not divide into cells, or there is a mask and no token for it.
     """
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     norm = dict(norm=self.norm, group=self.group, groups=self.groups, epsilon=self.epsilon, **dtypes)
     x = ConvNorm("channels", "embed_0", self.stem, self.stem_kernel, self.stem_stride, "relu", name="stem",
                  **norm)(images, train)
     x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))) if self.pool else x
-    outputs = []
+    x, outputs = hide(self, x, mask, "embed_0"), []
     for s, stride in zip(self.stages, self.strides):
       block = functools.partial(Bottleneck, s, zero_gamma=self.zero_gamma, **norm)
       x, tap = stack(

@@ -12,7 +12,7 @@ import numpy as np
 
 from nestnet.axes import axes
 from nestnet.errors import UserError, one_of
-from nestnet.models.layers import Linear, attention, layer_norm, residual
+from nestnet.models.layers import Linear, attention, hide, layer_norm, residual
 from nestnet.models.scaling import check_scaling
 from nestnet.models.stack import constant, stack
 from nestnet.space import Space
@@ -45,6 +45,7 @@ class Swin(nn.Module):
     patch: Side of a square patch, in pixels.
     width_scaling: `"ratio"`: kernels of narrower members are multiplied by full over active width of
       what they read, as in POA; `"none"`. The patch projection, which reads pixels, never is.
+    masked: Whether a learned token stands for the positions that `mask` names.
     drop_path: Rate of dropping a residual branch in the last layer; earlier ones drop in proportion to
       their depth (Huang et al., 1603.09382).
     dropout: Rate of dropout on the output of each residual branch.
@@ -69,6 +70,7 @@ class Swin(nn.Module):
   window: int = 7
   patch: int = 4
   width_scaling: str = "none"
+  masked: bool = False
   drop_path: float = 0.0
   dropout: float = 0.0
   remat: bool = False
@@ -147,13 +149,16 @@ class Swin(nn.Module):
       self.clone(embed=embed)
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False) -> dict[str, Any]:
+  def __call__(self, images: jax.Array, *, train: bool = False, taps: bool = False,
+               mask: jax.Array | None = None) -> dict[str, Any]:
     """Applies the network.
 
     Args:
       images: `[batch, rows, columns, channels]`.
       train: Whether dropout and drop path are on; they use the `dropout` rng.
       taps: Whether to return every layer's output.
+      mask: Booleans `[batch, cells]` of a square grid over the image, row by row: those that a network that is
+        `masked` sees a token in place of. Each is a square of positions of the first stage.
 
     Returns:
       `logits` `[batch, classes]`, `features` `[batch, embed]`, `tokens` `[batch, positions, embed]` of the
@@ -161,14 +166,14 @@ class Swin(nn.Module):
       `[layers, batch, rows, columns, embed]`.
 
     Raises:
-      ValueError: The image does not divide into patches, a map into windows or for the next stage; or the
-        variables have no `constants`.
+      ValueError: The image does not divide into patches, a map into windows, cells or for the next stage; there
+        is a mask and no token for it; or the variables have no `constants`.
     """
     typed = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     shared = dict(scaling=self.width_scaling, **typed)
     x = squares(images, self.patch, self.patch, "an image of {} does not divide into patches of {}")
     x = Linear("patch_height patch_width channels -> embed_1", (self.width(1),), name="patch", **typed)(x)
-    x = layer_norm("patch_norm", "embed_1", **typed)(x)
+    x = hide(self, layer_norm("patch_norm", "embed_1", **typed)(x), mask, "embed_1")
     outputs = []
     for s in self.stages:
       if s > 1:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from nestnet.axes import axes
 from nestnet.errors import UserError, one_of
-from nestnet.models.layers import Linear, attention, layer_norm, layer_scaled, residual
+from nestnet.models.layers import Linear, attention, hide, layer_norm, layer_scaled, residual
 from nestnet.models.scaling import check_scaling
 from nestnet.models.stack import stack
 from nestnet.subnet import Size
@@ -127,7 +127,7 @@ class ViT(nn.Module):
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     x = Linear("patch_height patch_width channels -> embed", (self.embed,), name="patch", **dtypes)(
       self._patches(images))
-    x = self._mask(x, mask)
+    x = hide(self, x, mask)
     if self.pool == "token":
       cls = self.param("token", axes(nn.initializers.zeros, "-> 1 embed"), (1, self.embed),
                        self.param_dtype)
@@ -156,15 +156,6 @@ class ViT(nn.Module):
       result["logits"] = Linear(names, (self.classes,), name="head",
                                 scaling=self.width_scaling, **dtypes)(features)
     return result | ({"taps": outputs} if taps else {})
-
-  def _mask(self, x, mask):
-    """Patches `[batch, patches, embed]`, the masked ones replaced."""
-    if not self.masked:
-      if mask is not None:
-        raise UserError("ViT: a mask was given, and masked=False; allowed is model.masked=True")
-      return x
-    token = self.param("mask", axes(nn.initializers.zeros, "-> embed"), x.shape[-1:], self.param_dtype)
-    return x if mask is None else jnp.where(mask[..., None], token.astype(x.dtype)[None, None], x)
 
   def _positions(self, shape, rows):
     """Learned positions `[tokens, embed]`, for other numbers of patches interpolated between its own."""

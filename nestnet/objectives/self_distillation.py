@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nestnet.errors import UserError, one_of
+from nestnet.models.layers import on_grid
 from nestnet.objectives import health
 from nestnet.objectives.base import Objective, Pass, Targets
 from nestnet.objectives.projection import init_heads, scores
@@ -218,12 +219,20 @@ def _apply(apply, crops, mask=None, hide=True):
   found = {"global": split(outputs["features"])}
   if mask is None:
     return found
-  tokens = mask.shape[-1]
-  if outputs["tokens"].shape[1] < tokens:
-    raise UserError(f"self_distillation: masks of {tokens} patches, and the network gives "
-                    f"{outputs['tokens'].shape[1]} tokens; allowed is patches=0, or data.crops.mask_patch as the "
-                    "network's patch")
-  return found | {"patches": split(outputs["tokens"][:, -tokens:])}
+  return found | {"patches": split(_cells(outputs["tokens"], mask.shape[-1]))}
+
+
+def _cells(tokens: jax.Array, cells: int) -> jax.Array:
+  """What a network gives for the cells of a mask, `[batch, cells, dim]`: its last tokens, as many; of a coarser map
+  the nearest position, as POA has it."""
+  if tokens.shape[1] >= cells:
+    return tokens[:, -cells:]
+  side = math.isqrt(cells)
+  try:
+    return on_grid(tokens, (side, side)).reshape(len(tokens), cells, -1)
+  except UserError as error:
+    raise UserError(f"self_distillation: masks of {cells} patches, and the network gives {tokens.shape[1]} tokens: "
+                    f"{error}. Allowed is patches=0, or data.crops.mask_patch as the network's patch") from None
 
 
 def _entropy(target: jax.Array, log_p: jax.Array) -> jax.Array:

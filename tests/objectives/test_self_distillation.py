@@ -251,6 +251,16 @@ def test_students_see_masks_and_teachers_do_not():
   assert seen == [((2 * B, 8, 8, 1), (2 * B, 16)), ((LOCALS * B, 4, 4, 1), None), ((2 * B, 8, 8, 1), None)]
 
 
+def test_cells_of_a_mask_take_the_nearest_token_of_a_coarser_map():
+  made, batch = objective("self_distillation", **OPTIONS, patches=1.0), example_batch(masks=True)
+  give = lambda count: lambda images, mask=None: {
+    "features": images[:, 0, :, 0], "tokens": jnp.broadcast_to(jnp.arange(count)[None, :, None], (len(images), count, 24))}
+  found = made.forward(give(4), batch)["patches"][0, 0, :, 0]
+  np.testing.assert_array_equal(found.reshape(4, 4), [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
+  with pytest.raises(UserError, match="masks of 16 patches, and the network gives 9 tokens"):
+    made.forward(give(9), batch)
+
+
 def test_centers_follow_the_teachers_scores():
   _, _, teacher, state, _ = terms(centering="ema", center_momentum=0.75)
   for name, head in heads(2).items():
