@@ -17,7 +17,7 @@ from nestnet.evaluators.classification import classification
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Recipes of configs that are named without one.
-DEFAULTS = ("sandwich", "ofa", "matformer_sampled")
+DEFAULTS = ("sandwich", "ofa", "matformer_sampled", "poa")
 WEIGHTS = (ROOT / "docs" / "once_for_all.md").read_text()
 
 

@@ -159,7 +159,8 @@ def self_distillation(
       found.append("the teacher assigns everything to one prototype "
                    f"(entropy {metrics['teacher_entropy_of_mean']:.3g})")
     return found and (f"self-distillation has collapsed or did not begin: {'; '.join(found)}. A lower "
-                      "teacher_temperature, more prototypes or a lower rate may help.") or ""
+                      "teacher_temperature, a teacher that follows sooner (a lower recipe.ema) or another rate may "
+                      "help.") or ""
 
   def passes(entries):
     made = [Pass(entries["global"][1:], entries["global"][0], entries["global"][0])]
