@@ -24,6 +24,9 @@ VIT = dict(model={"name": "ViT", "layers": 3, "embed": 16, "heads": 2, "mlp": 32
 SWIN = dict(model={"name": "Swin", "embed": 16, "layers_1": 1, "layers_2": 3, "multiples": (1, 2), "head_dim": 8,
                    "window": 2, "patch": 1, "width_scaling": "ratio", "masked": True},
             space={"embed": (8, 16), "layers_2": ((0, 2), 3)})
+RESNET = dict(model={"name": "ResNet", "layers_1": 1, "layers_2": 2, "widths": (8, 16), "strides": (1, 2), "width": 4,
+                     "stem": 4, "stem_kernel": 3, "stem_stride": 1, "pool": False, "group": 2},
+              space={"width": (2, 4), "layers_2": (1, 2)})
 # Of 8 x 8 cells, as the first stage has positions; the last one has a quarter of them.
 MASKS = {"mask_sample_probability": 0.5, "mask_patch": 1}
 
@@ -43,8 +46,9 @@ def config(net=VIT, name="poa", steps=2, told_after=200, rate=1e-3, crops=CROPS,
 @pytest.mark.slow
 @pytest.mark.parametrize("net, small, options", [
   (VIT, "layers=0+2,embed=8,heads=1,mlp=16", {}),
-  (SWIN, "embed=8,layers_2=0+2", {"patches": 1.0, "crops": CROPS | MASKS})],
-  ids=["vit", "swin, masked"])
+  (SWIN, "embed=8,layers_2=0+2", {"patches": 1.0, "crops": CROPS | MASKS}),
+  (RESNET, "width=2,layers_2=1", {})],
+  ids=["vit", "swin, masked", "resnet"])
 def test_backbones_of_every_size_come_out_with_their_heads(tmp_path, net, small, options):
   run, out = tmp_path / "run", tmp_path / "small"
   assert runs.train(config(net, **options), run, show_progress=False)
