@@ -61,8 +61,8 @@ def close(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("execution", ["slice", "one_program"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh, execution", [
+  *((mesh, "slice") for mesh in MESHES), ("model", "one_program"), ("mixed", "one_program")])
 def test_loss_and_gradients_are_those_of_one_device(mesh, execution):
   """Largest, one with sizes of its own in each layer, and smallest, taught in place."""
   step = make(MESHES[mesh], TERMS, execution)
