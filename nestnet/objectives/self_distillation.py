@@ -66,7 +66,8 @@ def self_distillation(
   """
   prototypes = tuple(prototypes)
   _check(prototypes, hidden, bottleneck, iterations, intact_weight, center_momentum,
-         (student_temperature, teacher_temperature, warmup_temperature), {"pairs": pairs, "koleo_reduce": koleo_reduce, "centering": centering},
+         (student_temperature, teacher_temperature, warmup_temperature),
+         {"pairs": pairs, "koleo_reduce": koleo_reduce, "centering": centering},
          {"same_view": same_view, "koleo": koleo, "patches": patches, "warmup_steps": warmup_steps,
           "frozen_steps": frozen_steps, "patch_delay": patch_delay, "told_after": told_after})
   count, uniform = len(prototypes), sum(map(math.log, prototypes)) / len(prototypes)
