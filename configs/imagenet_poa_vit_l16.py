@@ -3,8 +3,8 @@
     python -m experiments.plan --config=configs/imagenet_poa_vit_l16.py --topology=v5e:16x16 --mesh=data:-1 \\
       --config.train.batch_size=1536
 
-says what a step takes on a slice, with neither a TPU nor the images at hand: docs/results/plan_poa.md. It is not trained in this
-repository: there is no accuracy to state. `experiments.train` reads images of one size, which those of
+says what a step takes on a slice, with neither a TPU nor the images at hand: docs/results/plan_poa.md. It is not
+trained in this repository: there is no accuracy to state. `experiments.train` reads images of one size, which those of
 TFDS's `imagenet2012` are not: name a class of your own that gives them, with
 `--config.data.name=my_data:ImageNet`. Numbers are those of the paper (2408.01031, section 4.1, appendix C) and,
 where it leaves them open, of its code; iBOT's term is on, as there, after the first 30 epochs.
