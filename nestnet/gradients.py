@@ -130,10 +130,11 @@ class Gradients:
   def _vectors(self, member):
     if isinstance(member, Subnet):
       return self.one.vector(member)
-    shape, place = (len(member), len(self.one.vector(member[0]))), NamedSharding(self.mesh, P("data"))
+    first, place = self.one.vector(member[0]), NamedSharding(self.mesh, P("data"))
+    shape = len(member), len(first)
     if self.mesh.devices.flat[0] not in jax.devices():
       # A step that is planned for devices that are not here.
-      return jax.ShapeDtypeStruct(shape, self.one.vector(member[0]).dtype, sharding=place)
+      return jax.ShapeDtypeStruct(shape, first.dtype, sharding=place)
     # Asked for the rows of this process's own shards alone.
     rows = lambda index: np.stack([self.one.vector(m) for m in member[index[0]]])[:, index[1]]
     return jax.make_array_from_callback(shape, place, rows)

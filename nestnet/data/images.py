@@ -197,6 +197,7 @@ def whole(name: str, folder: pathlib.Path | None) -> Iterator[None]:
   try:
     yield
   except NotImplementedError:
+    # A kind of RuntimeError, but no damage: what TFDS raises for files that are no array_record.
     raise
   except (RuntimeError, json_format.ParseError) as error:
     if folder is None:
