@@ -88,7 +88,7 @@ def keys(group: str, config: Mapping[str, Any]) -> dict[str, type | None]:
   """The keys that a group may have, whether a config lists them or not, with the types of their values.
 
   Args:
-    group: Its name; `""` for the config itself. Groups inside of groups are not known here.
+    group: Its name; `""` for the config itself. Of groups inside of groups only `data.crops` is known here.
     config: The config, which names the model.
 
   Raises:
@@ -96,6 +96,9 @@ def keys(group: str, config: Mapping[str, Any]) -> dict[str, type | None]:
   """
   if not group:
     return TOP
+  if group == "data.crops":
+    from nestnet.data.crops import Crops
+    return fields(Crops)
   known = GROUPS.get(group, {})
   name = config.get("model", {}).get("name") if group in OF_MODEL else None
   if not name:

@@ -111,6 +111,14 @@ def test_the_config_compares_three_of_nine_members(tmp_path):
   assert len({drawn.terms(step)[1].candidates[0] for step in range(60)}) == 8
 
 
+def test_options_of_crops_that_the_config_leaves_out_are_known():
+  made = cli.load_config(str(CONFIG))
+  cli.check_override(made, "data.crops.mask_sample_probability", "0.5")
+  assert made.data.crops.get_type("mask_sample_probability") is float
+  with pytest.raises(UserError, match="unknown key of config.data.crops 'mask_share'.*mask_patch"):
+    cli.check_override(made, "data.crops.mask_share", "0.5")
+
+
 @pytest.mark.parametrize("change, message", [
   (lambda c: c["data"].pop("crops"), "learns from global.*config.data.crops"),
   (lambda c: c["data"]["crops"].update(global_crops_size=16), "global_crops_size.*at most 8"),
