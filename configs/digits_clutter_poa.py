@@ -34,7 +34,8 @@ def get_config(method: str = "poa") -> ml_collections.ConfigDict:
           "layers=4,embed=48,heads=3,mlp=192"))
   config.recipe = self_distillation(name=method) if method in ("separate", "truncate") else recipe(method)
   # At the published temperatures (0.04 to 0.07), with an average that moves by 0.02 and a rate of 0.001, so short a
-  # run does not get off uniform assignments: its loss stays at ln K.
+  # run does not get off uniform assignments: its loss stays at ln K
+  # (docs/results/digits_clutter_poa_rates.md).
   config.recipe["objective"].update(
     prototypes=(64, 128, 256), hidden=128, bottleneck=32, teacher_temperature=0.02, warmup_temperature=0.02)
   config.recipe.update(ema=0.9, ema_end=0.99)

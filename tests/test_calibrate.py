@@ -102,7 +102,7 @@ def test_the_first_layer_gets_the_moments_of_all_images(pooled):
 
 def test_every_layer_gets_the_average_of_its_batches():
   """And with the statistics of one batch, that batch is normalised as it was in training."""
-  apply = lambda x: NET.model.apply(variables(), x, mutable=["batch_stats"])
+  apply = jax.jit(lambda x: NET.model.apply(variables(), x, mutable=["batch_stats"]))
   (logits, one), (_, two) = apply(IMAGES[0]), apply(IMAGES[1])
   found = calibrate(NET.model, variables(), IMAGES)["blocks"]["down"]["norm"]
   one_, two_ = (s["batch_stats"]["blocks"]["down"]["norm"] for s in (one, two))
@@ -111,7 +111,7 @@ def test_every_layer_gets_the_average_of_its_batches():
   close(found, {"mean": mean, "var": var})
   assert found["mean"].shape == (3, 4)
   stats = calibrate(NET.model, variables(), IMAGES[:1])
-  close(NET.model.apply({**variables(), "batch_stats": stats}, IMAGES[0]), logits)
+  close(jax.jit(NET.model.apply)({**variables(), "batch_stats": stats}, IMAGES[0]), logits)
 
 
 def test_a_slice_in_place_is_calibrated_as_the_extracted_network_bit_for_bit():

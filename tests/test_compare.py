@@ -81,6 +81,7 @@ def test_budgets_of_equal_steps_share_a_run(tmp_path):
   assert [t.budgets for t in tasks] == 3 * [("equal steps", "equal FLOPs")]
 
 
+@pytest.mark.slow
 def test_members_that_no_recipe_trains_are_shown_of_nested_ones(tmp_path):
   """Evaluated from its checkpoint where a run was made before they were asked for."""
   mixed = "layers=2,embed=8,heads=2,mlp=16"

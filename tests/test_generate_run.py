@@ -78,17 +78,19 @@ def test_prompts_go_on(command, folder, tmp_path):
   assert (code, out) == (0, f"{PROMPT}\n"), err
 
 
-def test_a_draft_reports(command, folder):
+@pytest.mark.parametrize("drafts, drafted, rows", [
+  (("layers=1",), (4, 1), [("layers=1", "5.7k", "4", "shared", "4.00"), ("layers=1", "5.7k", "1", "shared", "2.00")]),
+  pytest.param(("layers=1", "mlp=8"), (4,), [
+    ("layers=1", "5.7k", "4", "shared", "4.00"), ("mlp=8", "6.5k", "4", "own", "4.00")], marks=pytest.mark.slow)])
+def test_a_draft_reports(command, folder, drafts, drafted, rows):
   code, out, err = command(f"--folder={folder}", f"--prompt={PROMPT}", "--max_new_tokens=4",
-                           "--draft=layers=1", "--draft=mlp=8", "--draft_tokens=4", "--draft_tokens=1")
+                           *(f"--draft={draft}" for draft in drafts), *(f"--draft_tokens={n}" for n in drafted))
   lines = out.splitlines()
   assert code == 0 and lines[:2] == [f"{PROMPT}dddd", ""], err
-  heads, *rows = [dict(zip(lines[2].split(), re.split("  +", line))) for line in lines[2:7]]
-  assert [(row["draft"], row["drafted"], row["cache"], row["tokens/call"]) for row in rows] == [
-    ("layers=1", "4", "shared", "4.00"), ("layers=1", "1", "shared", "2.00"),
-    ("mlp=8", "4", "own", "4.00"), ("mlp=8", "1", "own", "2.00")]
-  assert [row["params"] for row in rows] == ["5.7k", "5.7k", "6.5k", "6.5k"]
-  for row in rows:
+  found = [dict(zip(lines[2].split(), re.split("  +", line))) for line in lines[3:3 + len(rows)]]
+  columns = ("draft", "params", "drafted", "cache", "tokens/call")
+  assert [tuple(row[name] for name in columns) for row in found] == rows
+  for row in found:
     assert (row["accepted"], row["equal"], row["ties"], row["other"]) == ("100.0%", "1 of 1", "0", "0")
 
 

@@ -84,7 +84,7 @@ def members(name, count):
   return [*drawn, space.smallest, space.largest]
 
 
-@pytest.mark.parametrize("name", quick("free"))
+@pytest.mark.parametrize("name", quick("coupled"))
 def test_as_data_equals_the_slice_and_the_extracted_network(name, compiled):
   net, _ = family(name)
   for subnet in {*members(name, 1), *([Subnet(layers=(0, 2), embed=8, heads=(2, 4), mlp=(16, 4), features=4)]

@@ -116,7 +116,7 @@ def test_evaluation_is_at_its_resolution(params):
   images = jax.image.resize(IMAGES, (4, 4, 4, 1), "linear")
   own |= {"batch_stats": calibrate(module, own, [images])}
   found = dict(classification(module, own, {"image": IMAGES, "label": LABELS}, SMALL))
-  own = module.apply(own, images)["logits"]
+  own = jax.jit(module.apply)(own, images)["logits"]
   expected = optax.softmax_cross_entropy_with_integer_labels(own, LABELS).mean()
   np.testing.assert_allclose(found["loss"], expected, rtol=1e-4)
 

@@ -165,10 +165,13 @@ def test_the_report_counts_and_times(variables, greedy):
 
 # As long as the longest above, so that all together they run by the same programs.
 SEVENS = [[i, 3, 2 * i, 5, 1, i, 4] for i in range(1, 4)]
+# Tokens that their tests ask for: a number of its own, so that no other test has compiled these programs.
+FEW = 9
 
 
 def test_a_report_over_batches_is_the_sum_of_theirs(variables, monkeypatch):
-  whole = speculate(MODEL, variables, Subnet(layers=2), SEVENS, max_new_tokens=NEW)
+  """Prompts of one length share their programs."""
+  whole = speculate(MODEL, variables, Subnet(layers=2), SEVENS, max_new_tokens=FEW)
   clock, calls = itertools.count(), []
 
   def paired(own, bases, pairs):
@@ -177,16 +180,18 @@ def test_a_report_over_batches_is_the_sum_of_theirs(variables, monkeypatch):
     return np.array([[2.0, 3.0]] * pairs if next(clock) < 2 else [[20.0, 10.0]] * pairs)
 
   monkeypatch.setattr(speculative, "paired_ms", paired)
-  report = measure(MODEL, variables, Subnet(layers=2), SEVENS, max_new_tokens=NEW, batch_size=1)
+  with timing.compilations() as found:
+    report = measure(MODEL, variables, Subnet(layers=2), SEVENS, max_new_tokens=FEW, batch_size=1)
+  assert found.programs.count("jit(_speculate)") == found.programs.count("jit(_generate)") == 1
   assert report.speculated == whole and report.differences.equal == 3
   assert [[*own.tokens, *plain] for own, plain in calls] == [2 * [row] for row in whole.tokens]
   # Times add up; the speed-up is of pairs, 3 of each batch.
-  assert (report.own_ms, report.plain_ms, report.plain_tokens) == (24, 16, 3 * NEW)
+  assert (report.own_ms, report.plain_ms, report.plain_tokens) == (24, 16, 3 * FEW)
   assert report.speed_ups == 6 * (1.5,) + 3 * (0.5,) and report.quartiles == (0.5, 1.5, 1.5)
 
 
 def test_a_report_counts_rows_that_differ(variables, monkeypatch):
-  greedy = generate(MODEL, variables, SEVENS, max_new_tokens=NEW)
+  greedy = generate(MODEL, variables, SEVENS, max_new_tokens=FEW)
 
   def other(*args, **kwargs):
     (row,) = right(*args, **kwargs)
@@ -194,17 +199,8 @@ def test_a_report_counts_rows_that_differ(variables, monkeypatch):
 
   right = speculative.plain.generate
   monkeypatch.setattr(speculative.plain, "generate", other)
-  report = measure(MODEL, variables, Subnet(layers=2), SEVENS, max_new_tokens=NEW, batch_size=1, pairs=1)
+  report = measure(MODEL, variables, Subnet(layers=2), SEVENS, max_new_tokens=FEW, batch_size=1, pairs=1)
   assert (report.differences.equal, report.differences.ties, report.differences.other) == (2, 0, (1,))
-
-
-def test_prompts_of_one_length_share_their_programs(variables):
-  # A length of its own, so that no other test has compiled these.
-  prompts = [[i, 2, 3, 4, 5] for i in range(6)]
-  with timing.compilations() as found:
-    measure(MODEL, variables, Subnet(layers=2), prompts, max_new_tokens=17, draft_tokens=3, batch_size=1,
-            pairs=1)
-  assert found.programs.count("jit(_speculate)") == found.programs.count("jit(_generate)") == 1
 
 
 @pytest.mark.parametrize("draft, options, message", [

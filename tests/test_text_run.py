@@ -64,7 +64,7 @@ def test_rows_are_bits_per_byte_of_the_windows_that_are_evaluated(finished):
     source = run.dataset.split(split)
     chosen = np.arange(min(6, len(source))) * len(source) // min(6, len(source))
     tokens = source.batch(chosen)["tokens"]
-    logits = np.asarray(module.apply(variables, np.maximum(tokens[:, :-1], 0))["logits"], np.float64)
+    logits = np.asarray(jax.jit(module.apply)(variables, np.maximum(tokens[:, :-1], 0))["logits"], np.float64)
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     known = [logs[i, j, tokens[i, j + 1]] for i, j in np.argwhere(tokens[:, 1:] >= 0)]
     row = rows[str(member)]
@@ -92,7 +92,7 @@ def test_members_agree_with_the_largest_network_of_a_run(finished, monkeypatch):
 
   def logs(state, member):
     module, variables = run.supernet.module(member), run.step.member(state, member)
-    logits = np.asarray(module.apply(variables, np.maximum(tokens[:, :-1], 0))["logits"], np.float64)
+    logits = np.asarray(jax.jit(module.apply)(variables, np.maximum(tokens[:, :-1], 0))["logits"], np.float64)
     return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[known]
 
   def by_hand(own, other):
@@ -177,7 +177,7 @@ def test_widths_that_differ_by_layer_are_extracted(finished, tmp_path):
   row, difference = extraction.extract_run(finished, tmp_path / "mixed", "mlp=4:16")
   assert row["subnet"] == "mlp=4:16" and difference == 0.0 and row["bits_per_byte"] > 0
   module, variables = folder.load(tmp_path / "mixed")
-  logits = module.apply(variables, jnp.zeros((1, 3), int))["logits"]
+  logits = jax.jit(module.apply)(variables, jnp.zeros((1, 3), int))["logits"]
   assert module.mlp == (4, 16) and logits.shape == (1, 3, 256)
 
 

@@ -98,7 +98,7 @@ def test_tables_charts_and_choices_are_by_neighbours(finished, tmp_path):
   row, difference = extraction.extract_run(finished, tmp_path / "out", max_params=1e9)
   assert row["validation_knn"] == max(row["validation_knn"] for row in rows) and difference <= 1e-5
   module, variables = nestnet.load(tmp_path / "out", Net)
-  outputs = module.apply(variables, jnp.zeros((1, 8, 8, 1)))
+  outputs = jax.jit(module.apply)(variables, jnp.zeros((1, 8, 8, 1)))
   assert outputs["features"].shape == (1, module.embed) and "logits" not in outputs
 
 

@@ -29,10 +29,11 @@ NETS = {
 
 @functools.cache
 def variables(name):
-  made = meta.unbox(jax.jit(NETS[name].init)(jax.random.key(0), IMAGES))
-  rng = np.random.default_rng(0)
-  return made | {"params": jax.tree.map(
-    lambda x: (0.4 * rng.normal(size=x.shape)).astype(x.dtype), made["params"])}
+  rng, init = np.random.default_rng(0), lambda key: meta.unbox(NETS[name].init(key, IMAGES))
+  params = jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape)).astype(x.dtype),
+                        jax.eval_shape(init, jax.random.key(0))["params"])
+  rest = jax.jit(lambda key: {k: v for k, v in init(key).items() if k != "params"})(jax.random.key(0))
+  return rest | {"params": params}
 
 
 @functools.cache

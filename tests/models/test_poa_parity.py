@@ -49,7 +49,8 @@ def supernet():
   return model, poa.load(model, state()), variable_axes(model, INPUT)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['embed']}x{case['layers']}")
+@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])],
+                         ids=lambda case: f"{case['embed']}x{case['layers']}")
 def test_features_are_those_of_the_authors_network(case):
   model, variables, axes = supernet()
   member = poa.subnet(model, case["embed"], case["layers"])

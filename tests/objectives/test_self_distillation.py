@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from nestnet import Space, take
 from nestnet.choices import spaced
 from nestnet.errors import UserError
 from nestnet.execution import Supernet
+from nestnet.models.layers import Linear
 from nestnet.models.vit import ViT
 from nestnet.objectives import Targets, objective
 from nestnet.objectives.self_distillation import sinkhorn, spreading
@@ -23,9 +25,29 @@ from nestnet.sampling import on_shards, sampler
 from nestnet.sharding import make_mesh, put_batch
 from nestnet.steps import Recipe, Step
 
-MODEL = ViT(layers=3, embed=24, heads=3, mlp=48, classes=0, patch=2, head_dim=8, pool="token", masked=True,
-            layer_scale=0.5, width_scaling="ratio")
-SPACE = Space(layers=spaced(3, (2, 3)), couple={"embed heads mlp": ((8, 1, 16), (16, 2, 32), (24, 3, 48))})
+
+class Net(nn.Module):
+  """A network of patches that is quick to compile: two layers, and their mean over an image of any size."""
+
+  embed: int
+  mlp: int
+  width_scaling: str = "ratio"
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // 2, 2, w // 2, 2, c).swapaxes(2, 3).reshape(b, -1, 4 * c)
+    x = jnp.tanh(Linear("pixels -> mlp", (self.mlp,), name="up")(x))
+    x = Linear("mlp -> embed", (self.embed,), scaling=self.width_scaling, name="down")(x)
+    return {"features": x.mean(1), "tokens": x}
+
+  @property
+  def representation(self):
+    return "embed", self.embed
+
+
+MODEL = Net(embed=24, mlp=48)
+SPACE = Space(couple={"embed mlp": ((8, 16), (12, 24), (16, 32), (24, 48))})
 OPTIONS = dict(prototypes=(5, 7), hidden=12, bottleneck=6, warmup_steps=10)
 B, LOCALS = 16, 3
 
@@ -37,17 +59,21 @@ def example_batch(masks=False):
   return batch | ({"mask": rng.random((B, 2, 16)) < 0.4} if masks else {})
 
 
+def supernet(model, space):
+  return Supernet(model, space, (jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),))
+
+
 @functools.cache
 def family():
-  return Supernet(MODEL, SPACE, (jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32),))
+  return supernet(MODEL, SPACE)
 
 
-def make(drawn=None, devices=1, **options):
+def make(drawn=None, devices=1, of=None, **options):
   made = objective("self_distillation", **OPTIONS | options)
   recipe = Recipe(drawn or sampler("intact", SPACE, seed=1, n=2), made, teacher="ema",
                   ema=rising(0.9, 1.0, 0, 10), hands_out="teacher")
   rate = optax.constant_schedule(0.1)
-  return Step(family(), recipe, optimizer("sgd", rate, momentum=0.0), make_mesh({"data": devices}))
+  return Step(of or family(), recipe, optimizer("sgd", rate, momentum=0.0), make_mesh({"data": devices}))
 
 
 def randomised(tree, seed):
@@ -184,15 +210,18 @@ def example_outputs(seed):
           "patches": rng.standard_normal((B, 2, 16, 24)).astype(np.float32)}
 
 
-def terms(elastic=False, step=0, batch=None, **options):
+def term(params, batch, step, elastic=False, **options):
   """The loss of one term and its metrics, its teacher's targets, and the state after an update."""
-  made, batch = objective("self_distillation", **OPTIONS | options), batch or {}
+  made = objective("self_distillation", **OPTIONS | options)
   _, _, state = made.init(jax.random.key(0), MODEL, SPACE)
   teacher = made.teach(heads(2), state, example_outputs(5), batch, step)
-  first = made.share(heads(1), state, example_outputs(6), batch, step) if elastic else None
-  loss = lambda params: made.loss(params, state, example_outputs(7), Targets(batch, teacher, first), step, None)
-  value, metrics = loss(heads(1))
-  return value, metrics, teacher, made.update and made.update(state, None, teacher, step), loss
+  first = made.share(params, state, example_outputs(6), batch, step) if elastic else None
+  value, metrics = made.loss(params, state, example_outputs(7), Targets(batch, teacher, first), step, None)
+  return value, metrics, teacher, made.update and made.update(state, None, teacher, step)
+
+
+def terms(elastic=False, step=0, batch=None, **options):
+  return jax.jit(functools.partial(term, elastic=elastic, **options))(heads(1), batch or {}, step)
 
 
 def spread(weight):
@@ -201,7 +230,7 @@ def spread(weight):
 
 
 def test_options_where_paper_and_code_differ():
-  value, metrics, teacher, _, _ = terms(koleo=0.0, pairs="separate")
+  value, _, teacher, _ = terms(koleo=0.0, pairs="separate")
   found = []
   for name, head in heads(1).items():
     own = {v: softmax(by_hand_scores(head, np.float64(example_outputs(7)[v])) / 0.1) for v in ("global", "local")}
@@ -210,16 +239,16 @@ def test_options_where_paper_and_code_differ():
     far = [entropy(t[:, i], own["local"][:, n]).mean() for i in range(2) for n in range(LOCALS)]
     found.append(np.mean(near) + np.mean(far))
   np.testing.assert_allclose(value, 0.8 * np.mean(found), rtol=1e-5)
-  both = [terms(elastic, koleo_reduce=reduce)[0] - terms(elastic, koleo=0.0)[0]
-          for reduce in ("mean", "sum") for elastic in (False, True)]
+  whole = {kind: terms(kind, koleo=0.0)[0] for kind in (False, True)}
+  both = [terms(kind, koleo_reduce=reduce)[0] - whole[kind] for reduce in ("mean", "sum") for kind in whole]
   np.testing.assert_allclose(both, [spread(0.05)] * 2 + [spread(0.1)] * 2, rtol=1e-3)
-  one, other = terms(True, koleo=0.0, same_view=0.0)[0], terms(False, koleo=0.0)[0]
-  np.testing.assert_allclose(one / 0.2, other / 0.8, rtol=1e-5)
+  crossed = terms(True, koleo=0.0, same_view=0.0)[0]
+  np.testing.assert_allclose(crossed / 0.2, whole[False] / 0.8, rtol=1e-5)
 
 
 def test_masked_patches_are_learned_from_the_teachers_whole_image():
   batch = example_batch(masks=True)
-  value, metrics, teacher, _, _ = terms(patches=0.5, patch_delay=3, batch=batch)
+  value, metrics, _, _ = terms(patches=0.5, patch_delay=3, batch=batch)
   expected = []
   for name, head in heads(1).items():
     raw = by_hand_scores(heads(2)[name], np.float64(example_outputs(5)["patches"])) / 0.04
@@ -262,19 +291,19 @@ def test_cells_of_a_mask_take_the_nearest_token_of_a_coarser_map():
 
 
 def test_centers_follow_the_teachers_scores():
-  _, _, teacher, state, _ = terms(centering="ema", center_momentum=0.75)
+  _, _, teacher, state = terms(centering="ema", center_momentum=0.75)
   for name, head in heads(2).items():
     raw = by_hand_scores(head, np.float64(example_outputs(5)["global"]))
     np.testing.assert_allclose(state["global"][name], 0.25 * raw.mean((0, 1)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(teacher["global"][name], softmax(raw / 0.04), rtol=1e-3, atol=1e-5)
   made = objective("self_distillation", **OPTIONS | {"centering": "ema"})
-  moved = made.teach(heads(2), state, example_outputs(5), {}, 0)["global"]["head_1"]
+  moved = jax.jit(made.teach)(heads(2), state, example_outputs(5), {}, 0)["global"]["head_1"]
   raw = by_hand_scores(heads(2)["head_1"], np.float64(example_outputs(5)["global"]))
   np.testing.assert_allclose(moved, softmax((raw - np.float64(state["global"]["head_1"])) / 0.04), rtol=1e-3, atol=1e-5)
 
 
 def test_prototypes_that_are_frozen_have_no_gradient():
-  gradient = jax.jit(jax.grad(lambda params, step: terms(step=step, frozen_steps=2)[4](params)[0]))
+  gradient = jax.jit(jax.grad(lambda params, step: term(params, {}, step, frozen_steps=2)[0]))
   for step, learns in ((1, False), (2, True)):
     found = gradient(heads(1), step)
     for head in found.values():
@@ -284,17 +313,20 @@ def test_prototypes_that_are_frozen_have_no_gradient():
 
 @pytest.mark.slow
 def test_elastic_students_of_their_own_on_shards_are_those_one_by_one():
-  shards = 8
-  step = make(on_shards([sampler("intact", SPACE, seed=k) for k in range(shards)]), devices=shards)
+  shards, space = 8, Space(layers=spaced(3, (2, 3)), couple={
+    "embed heads mlp": ((8, 1, 16), (16, 2, 32), (24, 3, 48))})
+  vit = supernet(ViT(layers=3, embed=24, heads=3, mlp=48, classes=0, patch=2, head_dim=8, pool="token",
+                     layer_scale=0.5, width_scaling="ratio"), space)
+  step = make(on_shards([sampler("intact", space, seed=k) for k in range(shards)]), shards, vit)
   state, batch = started(step), example_batch()
   drawn = step.recipe.sampler.terms(0)[1].candidates[0]
   assert isinstance(drawn, tuple) and len(set(drawn)) > 2
-  whole, before = make(), jax.device_get(state)
+  whole, before = make(sampler("intact", space, seed=1), of=vit), jax.device_get(state)
   terms, gradients = whole.recipe.sampler.terms(0), whole._gradients
   operands = before.trained, before.fixed, before.objective
   seen = gradients.teacher.call(before.teacher, *operands[1:], batch, 0)
   sums = whole._zeros(before.trained)
-  sums, shared, _ = gradients.gradient(SPACE.largest, terms[0], "share").call(
+  sums, shared, _ = gradients.gradient(space.largest, terms[0], "share").call(
     *operands, batch, (seen, None), 0, whole._key, 0, 1.0, sums)
   part = B // shards
   for k, member in enumerate(drawn):
@@ -320,7 +352,7 @@ def test_sinkhorn_uses_all_prototypes_alike_and_counts_only_its_rows():
 def test_koleo_is_finite_where_images_repeat():
   x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
   x = x.at[3].set(x[2])
-  value, gradient = jax.value_and_grad(spreading)(x)
+  value, gradient = jax.jit(jax.value_and_grad(spreading))(x)
   assert np.isfinite(value) and np.isfinite(gradient).all()
   np.testing.assert_allclose(spreading(x[:3]), koleo(np.float64(x[:3])), rtol=1e-5)
 
