@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from sklearn import decomposition
 
 from nestnet import evaluation, metrics, report
 from nestnet.build import Run
@@ -57,6 +56,7 @@ def _of_pixels(run: Run, members: Sequence[Subnet], data: dict[str, Any]) -> lis
   pixels, bank = int(np.prod(run.dataset.shape)), len(run.dataset.split("train"))
   if min(options.get("bank") or bank, bank) * pixels > MEMORY:
     return []
+  from sklearn import decomposition
 
   def row(name: str, features: Callable[[np.ndarray], np.ndarray], params: int, flops: int) -> dict[str, Any]:
     fitted = representation.fit_features(features, run.dataset, options)

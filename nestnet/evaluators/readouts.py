@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import threadpoolctl
-from sklearn import exceptions, linear_model, preprocessing
 
 from nestnet.errors import UserError
 from nestnet.evaluators.classification import batches
@@ -159,6 +158,9 @@ def logistic(bank: np.ndarray, labels: np.ndarray, held: np.ndarray, held_labels
   Returns:
     From features `[queries, dim]` to classes `[queries]`.
   """
+  # Takes half a second, which commands without readouts need not wait.
+  from sklearn import exceptions, linear_model, preprocessing
+
   count = min(len(bank), FITTED)
   some = np.arange(count) * len(bank) // count
   scaler = preprocessing.StandardScaler().fit(bank[some])
@@ -194,6 +196,8 @@ def probe(bank: np.ndarray, labels: np.ndarray, held: np.ndarray, held_labels: n
   Returns:
     From features `[queries, dim]` to classes `[queries]`.
   """
+  from sklearn import preprocessing
+
   scaler = preprocessing.StandardScaler().fit(bank)
   size = min(BATCH, len(bank))
   steps = int(np.clip(EPOCHS * len(bank) // size, *STEPS))
