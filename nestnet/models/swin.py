@@ -42,6 +42,9 @@ class Swin(nn.Module):
       the one before.
     head_dim: Width of an attention head, the same in all members; 32 in the paper.
     window: Side of a window, in positions; maps that are smaller are one window.
+    pad: Whether maps that windows do not divide are filled up with zeros behind the norm, at the bottom and on
+      the right, as the authors' code for detection does (crops of 96 pixels with windows of 7); they are
+      attended to like any position. If not, such maps are refused.
     patch: Side of a square patch, in pixels.
     width_scaling: `"ratio"`: kernels of narrower members are multiplied by full over active width of
       what they read, as in POA; `"none"`. The patch projection, which reads pixels, never is.
@@ -68,6 +71,7 @@ class Swin(nn.Module):
   multiples: tuple[int, ...] = (1, 2, 4, 8)
   head_dim: int = 32
   window: int = 7
+  pad: bool = False
   patch: int = 4
   width_scaling: str = "none"
   masked: bool = False
@@ -180,7 +184,8 @@ class Swin(nn.Module):
         x = Merge(s - 1, self.width(s), name=f"merge_{s - 1}", **shared)(x)
       parts = {
         "attention": functools.partial(
-          WindowAttention, stage=s, head_dim=self.head_dim, window=self.window, dropout=self.dropout, **shared),
+          WindowAttention, stage=s, head_dim=self.head_dim, window=self.window, pad=self.pad, dropout=self.dropout,
+          **shared),
         "mlp": functools.partial(MLP, stage=s, dropout=self.dropout, **shared)}
       x, tap = stack(
         parts, x, layers=getattr(self, f"layers_{s}"), name=f"stage_{s}", depth=f"layers_{s}",
@@ -214,6 +219,7 @@ class WindowAttention(nn.Module):
     heads: Attention heads.
     head_dim: Width of a head.
     window: Side of a window.
+    pad: Whether maps are filled up to whole windows.
     scaling: Of its projections.
     dropout: Rate of dropout on what it adds.
   """
@@ -222,6 +228,7 @@ class WindowAttention(nn.Module):
   heads: int
   head_dim: int
   window: int
+  pad: bool
   scaling: str = "none"
   dropout: float = 0.0
   dtype: Any = jnp.float32
@@ -237,6 +244,9 @@ class WindowAttention(nn.Module):
     shifts = shift * np.array([n > self.window for n in x.shape[1:3]], np.int32)
     shifted = max(x.shape[1:3]) > self.window
     y = layer_norm("norm", embed, **typed)(x)
+    if self.pad:
+      y = jnp.pad(y, [(0, 0), *((0, -n % min(self.window, n)) for n in x.shape[1:3]), (0, 0)])
+    rows, columns = y.shape[1:3]
     y = jnp.roll(y, -shifts, (1, 2)) if shifted else y
     y = self._windows(y)
     around, y = y.shape[:-1], y.reshape(-1, y.shape[3] * y.shape[4], y.shape[5])
@@ -245,17 +255,19 @@ class WindowAttention(nn.Module):
     bias = self._positions(heads, *around[3:])
     if shifted:
       # A finite bound, as rows of minus infinities have no derivative.
-      bias = jnp.where(self._visible(shifts, *x.shape[1:3])[:, None], bias, jnp.finfo(bias.dtype).min)
+      bias = jnp.where(self._visible(shifts, rows, columns)[:, None], bias, jnp.finfo(bias.dtype).min)
     y = attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :], bias)
     y = Linear(f"{heads} head_dim -> {embed}", x.shape[-1:], name="out", scaling=self.scaling, **typed)(y)
-    y = y.reshape(*around, -1).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+    y = y.reshape(*around, -1).transpose(0, 1, 3, 2, 4, 5).reshape(len(x), rows, columns, -1)
     y = jnp.roll(y, shifts, (1, 2)) if shifted else y
+    y = y[:, :x.shape[1], :x.shape[2]]
     return x + residual(self, y, constants, self.dropout, train)
 
   def _windows(self, x):
     """`[batch, rows, columns, window rows, window columns, embed]` of a map."""
     sides = (min(self.window, n) for n in x.shape[1:3])
-    return squares(x, *sides, f"stage {self.stage} has {{}} positions, which do not divide into windows of {{}}")
+    return squares(x, *sides, f"stage {self.stage} has {{}} positions, which do not divide into windows of {{}}; "
+                   "allowed with model.pad=True")
 
   def _positions(self, heads, rows, columns):
     """What is added to the scores for where a key is, seen from the query: `[1, heads, queries, keys]`."""

@@ -351,7 +351,7 @@ def test_what_is_wrong_is_said(make, message):
 
 @pytest.mark.parametrize("rows, fields, message", [
   (7, {"patch": 2}, "an image of 7 x 8 does not divide into patches of 2"),
-  (6, {"window": 4}, "stage 1 has 6 x 8 positions, which do not divide into windows of 4"),
+  (6, {"window": 4}, "stage 1 has 6 x 8 positions, which do not divide into windows of 4; allowed with model.pad=True"),
   (3, {"window": 4}, "stage 1 has 3 x 8 positions, which do not divide by 2 for the next one"),
   (6, {}, "stage 2 has 3 x 4 positions, which do not divide into windows of 2")])
 def test_images_that_do_not_divide(rows, fields, message):

@@ -12,21 +12,18 @@ from nestnet.models.swin import Swin
 
 pytestmark = pytest.mark.interop
 
-# Maps of 16 x 16 and of 8 x 8 positions in windows of 4 x 4, and one of 4 x 4.
 MODEL = Swin(0, embed=8, layers_1=2, layers_2=3, layers_3=2, expand_1=2, expand_2=2, expand_3=2,
-             multiples=(1, 2, 4), head_dim=4, window=4, patch=2)
-IMAGES = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+             multiples=(1, 2, 4), head_dim=4, window=4, patch=2, pad=True)
 
 
-@pytest.fixture(scope="module")
-def network():
-  """Theirs, with our activation and epsilon, and weights that are random everywhere."""
+def network(size):
+  """Theirs for images of a size, with our activation and epsilon, and weights that are random everywhere."""
   import torch
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import SwinConfig, SwinModel
   made = SwinModel(SwinConfig(
-    image_size=32, patch_size=2, num_channels=3, embed_dim=8, depths=[2, 3, 2], num_heads=[2, 4, 8], window_size=4,
+    image_size=size, patch_size=2, num_channels=3, embed_dim=8, depths=[2, 3, 2], num_heads=[2, 4, 8], window_size=4,
     mlp_ratio=2, hidden_act="gelu_new")).eval()
   rng = np.random.default_rng(1)
   for module in made.modules():
@@ -75,13 +72,17 @@ def converted(state):
   return params
 
 
-def test_tokens_and_features_are_theirs(network):
+# Maps of 16, 8 and 4 positions a side in windows of 4; of 20, 10 and 5, of which the last two are filled up.
+@pytest.mark.parametrize("size", [32, 40])
+def test_tokens_and_features_are_theirs(size):
   import torch
-  params = converted({name: x.numpy() for name, x in network.state_dict().items()})
-  constants = jax.jit(lambda key: MODEL.init(key, IMAGES)["constants"])(jax.random.key(0))
-  found = jax.jit(MODEL.apply)({"params": params, "constants": constants}, IMAGES)
+  theirs = network(size)
+  images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+  params = converted({name: x.numpy() for name, x in theirs.state_dict().items()})
+  constants = jax.jit(lambda key: MODEL.init(key, images)["constants"])(jax.random.key(0))
+  found = jax.jit(MODEL.apply)({"params": params, "constants": constants}, images)
   with torch.no_grad():
-    expected = network(torch.from_numpy(IMAGES.transpose(0, 3, 1, 2)))
+    expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2)))
   assert np.ptp(expected.pooler_output.numpy()) > 0.1
   np.testing.assert_allclose(found["tokens"], expected.last_hidden_state.numpy(), rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(found["features"], expected.pooler_output.numpy(), rtol=1e-3, atol=1e-4)
