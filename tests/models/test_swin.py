@@ -63,21 +63,22 @@ def variables():
 # What it computes.
 
 
-def test_windows_by_hand():
+@pytest.mark.parametrize("rows, pad", [(8, False), (7, True)])
+def test_windows_by_hand(rows, pad):
   """Each position sees its own window alone, shifted or not, which does not go round the edge of the map.
 
-  There is one window of columns, which is smaller: along it nothing shifts.
+  There is one window of columns, which is smaller: along it nothing shifts. What fills up a map is seen too.
   """
   rng = np.random.default_rng(1)
-  module = WindowAttention(stage=1, heads=2, head_dim=3, window=4)
-  x = rng.normal(size=(2, 8, 3, 5)).astype(np.float32)
+  module = WindowAttention(stage=1, heads=2, head_dim=3, window=4, pad=pad)
+  x = rng.normal(size=(2, rows, 3, 5)).astype(np.float32)
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, {"shift": jnp.zeros(())}, train=False))
   p = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), meta.unbox(shapes)["params"])
   call = jax.jit(functools.partial(module.apply, x=x, constants=None, train=False))
   for shift in (0, 2):
     found = call({"params": p, "constants": {"shift": np.float32(shift)}})
     y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    y = y * p["norm"]["scale"] + p["norm"]["bias"]
+    y = np.pad(y * p["norm"]["scale"] + p["norm"]["bias"], [(0, 0), (0, 8 - rows), (0, 0), (0, 0)])
     q, k, v = np.moveaxis(np.einsum("...e,ehtd->...htd", y, p["qkv"]["kernel"]) + p["qkv"]["bias"], -2, 0)
     groups = np.array([0, 0, 0, 0, 1, 1, 1, 1] if shift == 0 else [0, 0, 1, 1, 1, 1, 2, 2])
     out = np.zeros_like(v)
@@ -88,7 +89,7 @@ def test_windows_by_hand():
       scores = np.einsum("bhd,bhds->bhs", q[:, r, c], keys) / np.sqrt(3) + bias
       weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
       out[:, r, c] = np.einsum("bhs,bhds->bhd", weights, values)
-    expected = x + np.einsum("brchd,hde->brce", out, p["out"]["kernel"]) + p["out"]["bias"]
+    expected = x + np.einsum("brchd,hde->brce", out[:, :rows], p["out"]["kernel"]) + p["out"]["bias"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
