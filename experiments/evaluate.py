@@ -2,6 +2,7 @@
 
 python -m experiments.evaluate --workdir=runs/digits_vit --subnets='layers=2,embed=32;layers=0+3'
 python -m experiments.evaluate --workdir=runs/truncate --subnets='mlp=64;mlp=128' --sort_by=activation
+python -m experiments.evaluate --workdir=runs/truncate --subnets='layers=3' --rank_layers
 python -m experiments.evaluate --workdir=runs/text --against=runs/text
 """
 
@@ -17,7 +18,10 @@ BATCHES = flags.DEFINE_list("calibration_batches", [], "instead, accuracy by the
 SORT = flags.DEFINE_enum("sort_by", None, ["activation", "l1", "l2"], "put the most important units first "
                          "before sub-networks are cut: by their mean size on training batches, or by the "
                          "weights that read them; the run stays as it is")
-SORT_BATCHES = flags.DEFINE_integer("sort_batches", 8, "training batches for --sort_by=activation")
+RANK = flags.DEFINE_bool("rank_layers", False, "where a sub-network has so many layers, keep those that change "
+                         "most what they are given, not the first; the table names them")
+SORT_BATCHES = flags.DEFINE_integer("sort_batches", 8, "training batches for --sort_by=activation and "
+                                    "--rank_layers")
 AGAINST = flags.DEFINE_string("against", None, "folder of a run of text, this one or another: how often each "
                               "sub-network and its largest network find the same next token most probable, "
                               "and their KL divergence in nats")
@@ -33,6 +37,8 @@ def main(argv):
   members = [space.subnet(text) for text in texts] or (
     [space.smallest] if few else evaluation.evaluated(run))
   other = against.largest(AGAINST.value, run) if AGAINST.value else None
+  if RANK.value:
+    members = importance.with_ranked_layers(run.step, state, members, run.batches, SORT_BATCHES.value)
   if SORT.value:
     state = importance.sorted_for(run.step, state, members, run.batches, SORT.value, SORT_BATCHES.value)
   if few:
@@ -47,7 +53,7 @@ def main(argv):
   print(report.table(evaluation.shown(rows)))
   order = f", units sorted by {SORT.value}" if SORT.value else ""
   print(f"{evaluation.counted(space, members)}, at step {step} of {run.steps}{order}")
-  if not (texts or SORT.value or other):
+  if not (texts or SORT.value or RANK.value or other):
     report.write_rows(f"{WORKDIR.value}/subnets.json", rows)
 
 

@@ -20,7 +20,7 @@ import optax
 from flax.core import meta
 
 from nestnet import execution
-from nestnet.activations import activations
+from nestnet.activations import activations, influence
 from nestnet.axes import statistics_axes, variable_axes
 from nestnet.errors import UserError, one_of
 from nestnet.execution import Supernet, sizes_of
@@ -159,6 +159,30 @@ def rank_layers(influence: Sequence[float], layers: int) -> tuple[int, ...]:
   return tuple(sorted(order[:layers].tolist()))
 
 
+def with_ranked_layers(step: Step, state: TrainState, subnets: Iterable[Subnet], batches: Any, count: int = 8
+                       ) -> list[Subnet]:
+  """Members of a family that keep, instead of so many leading layers, as many that change most.
+
+  Args:
+    step: Whose state it is.
+    state: The state.
+    subnets: Members; those whose layers are not the first ones stay as they are.
+    batches: The run's batches, by the number of a step.
+    count: How many batches the layers are watched on.
+
+  Raises:
+    ValueError: As `influence`.
+  """
+  subnets, whole = list(subnets), step.supernet.space.largest.chosen.get("layers")
+  cut = [isinstance(layers := m.chosen.get("layers"), int) and layers != whole for m in subnets]
+  if not any(cut):
+    return subnets
+  variables, seen = _watched(step, state, batches, count)
+  found = influence(step.supernet.model, variables, seen, step.recipe.objective.forward)
+  return [Subnet(**m.chosen | {"layers": rank_layers(found, m.chosen["layers"])}) if is_cut else m
+          for m, is_cut in zip(subnets, cut)]
+
+
 def permuted(step: Step, state: TrainState, orders: Mapping[str, Order]) -> TrainState:
   """A train state with the units of some axes in another order: weights, optimizer, teacher, constants.
 
@@ -273,12 +297,16 @@ def _cut(supernet: Supernet, sizes: Mapping[str, Any]) -> list[str]:
 
 def _activations(step: Step, state: TrainState, batches: Any, count: int) -> Any:
   """How large the inputs of every kernel are on the next batches of training."""
-  supernet, start = step.supernet, int(state.step)
-  variables = {"params": step.weights(state)["model"], **state.fixed}
-  seen = activations(supernet.model, supernet.axes["params"], variables,
-                     (put_batch(batches[start + i], step.mesh) for i in range(count)),
-                     step.recipe.objective.forward)
-  return {"model": seen}
+  supernet, (variables, seen) = step.supernet, _watched(step, state, batches, count)
+  return {"model": activations(supernet.model, supernet.axes["params"], variables, seen,
+                               step.recipe.objective.forward)}
+
+
+def _watched(step: Step, state: TrainState, batches: Any, count: int) -> tuple[dict[str, Any], Iterable[Any]]:
+  """The variables of the whole network, and the next batches of its training."""
+  start = int(state.step)
+  return ({"params": step.weights(state)["model"], **state.fixed},
+          (put_batch(batches[start + i], step.mesh) for i in range(count)))
 
 
 def _check_same(before: jax.Array, after: jax.Array, axes: Iterable[str]) -> None:

@@ -124,6 +124,18 @@ def test_important_units_lead_before_members_are_cut(finished):
   assert abs(losses(sort(state, "l1"), smallest)[0] - found[0]) > 1e-5
 
 
+def test_layers_that_change_most_are_kept(finished):
+  """And named; a member that does not keep leading ones stays."""
+  run, _, state = runs.opened(finished)
+  blocks = state.trained["model"]["blocks"]
+  for part, name in (("attention", "out"), ("mlp", "down")):
+    # The first layer adds next to nothing.
+    blocks[part][name] = jax.tree.map(lambda leaf: leaf.at[0].multiply(1e-3), blocks[part][name])
+  members = [run.supernet.space.subnet(text) for text in ("layers=1,embed=8", "layers=+1", "largest")]
+  ranked = importance.with_ranked_layers(run.step, state, members, run.batches, 2)
+  assert [*map(str, ranked)] == ["layers=+1,embed=8,heads=4,mlp=16", *map(str, members[1:])]
+
+
 def test_extract_by_a_partial_spec_with_layer_ids(finished, tmp_path):
   row, difference = extraction.extract_run(finished, tmp_path / "out", "layers=+1,embed=8")
   assert difference == 0.0 and row["subnet"] == "layers=+1,embed=8,heads=4,mlp=16"
