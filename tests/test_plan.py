@@ -84,6 +84,7 @@ def found():
   return dryrun.compile_config(made, tpus.Topology("test:8", chip, (8,)), jax.devices())
 
 
+@pytest.mark.slow
 def test_the_table_names_every_program_with_its_numbers(found):
   text = plan.table(found)
   for row in found["programs"]:
@@ -95,6 +96,7 @@ def test_the_table_names_every_program_with_its_numbers(found):
   assert plan.fits(found) == (" NO" not in text)
 
 
+@pytest.mark.slow
 def test_what_the_compiler_refused_is_quoted(found):
   damaged = json.loads(json.dumps(found))
   damaged["programs"][0] |= {"refused": "Ran out of memory on HBM", "fits": False,

@@ -98,6 +98,7 @@ def test_flops_are_those_of_all_crops():
   assert evaluation.step_flops(found.step)(0) == trained + taught and len(terms) == 2
 
 
+@pytest.mark.slow
 def test_the_config_compares_three_of_nine_members(tmp_path):
   made = [cli.load_config(f"{CONFIG}:{name}") for name in ("separate", "poa", "poa_no_same_view", "truncate")]
   tasks = compare.plan(made, 1, tmp_path, ("equal steps", "equal shares"))
