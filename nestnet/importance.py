@@ -171,9 +171,12 @@ def with_ranked_layers(step: Step, state: TrainState, subnets: Iterable[Subnet],
     count: How many batches the layers are watched on.
 
   Raises:
-    ValueError: As `influence`.
+    ValueError: The network has no axis `layers`, or as `influence`.
   """
   subnets, whole = list(subnets), step.supernet.space.largest.chosen.get("layers")
+  if whole is None:
+    raise UserError(f"{type(step.supernet.model).__name__}: its members differ along "
+                    f"{', '.join(step.supernet.space.axes)}; allowed for layers to be ranked is an axis layers")
   cut = [isinstance(layers := m.chosen.get("layers"), int) and layers != whole for m in subnets]
   if not any(cut):
     return subnets

@@ -34,6 +34,8 @@ GROUPS: dict[str, dict[str, type]] = {
   "eval": {"calibrate_images": int, "calibrate_batch_size": int, "examples": int, "members": tuple,
            "mix": str, "bank": int, "knn_k": tuple, "knn_labels": int, "readouts": tuple},
 }
+# Groups inside of groups: the dataclasses whose fields are their keys.
+INSIDE = {"data.crops": "nestnet.data.crops:Crops"}
 # Groups whose keys depend on the model.
 OF_MODEL = ("model", "space")
 TOP = {"seed": int, "phases": tuple, "init_from": str} | dict.fromkeys(GROUPS, dict)
@@ -88,7 +90,7 @@ def keys(group: str, config: Mapping[str, Any]) -> dict[str, type | None]:
   """The keys that a group may have, whether a config lists them or not, with the types of their values.
 
   Args:
-    group: Its name; `""` for the config itself. Of groups inside of groups only `data.crops` is known here.
+    group: Its name; `""` for the config itself. Of groups inside of groups those in `INSIDE` are known.
     config: The config, which names the model.
 
   Raises:
@@ -96,9 +98,8 @@ def keys(group: str, config: Mapping[str, Any]) -> dict[str, type | None]:
   """
   if not group:
     return TOP
-  if group == "data.crops":
-    from nestnet.data.crops import Crops
-    return fields(Crops)
+  if group in INSIDE:
+    return fields(by_path(INSIDE[group], group))
   known = GROUPS.get(group, {})
   name = config.get("model", {}).get("name") if group in OF_MODEL else None
   if not name:

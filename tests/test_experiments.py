@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from nestnet import build, cli, evaluation, extraction, importance, report, runs
+from nestnet import Space, build, cli, evaluation, extraction, importance, report, runs
 from nestnet.data import arrays, load
 from nestnet.errors import UserError
 from nestnet.execution import Supernet
@@ -124,7 +125,7 @@ def test_important_units_lead_before_members_are_cut(finished):
   assert abs(losses(sort(state, "l1"), smallest)[0] - found[0]) > 1e-5
 
 
-def test_layers_that_change_most_are_kept(finished):
+def test_layers_that_change_most_are_kept(finished, monkeypatch):
   """And named; a member that does not keep leading ones stays."""
   run, _, state = runs.opened(finished)
   blocks = state.trained["model"]["blocks"]
@@ -134,6 +135,10 @@ def test_layers_that_change_most_are_kept(finished):
   members = [run.supernet.space.subnet(text) for text in ("layers=1,embed=8", "layers=+1", "largest")]
   ranked = importance.with_ranked_layers(run.step, state, members, run.batches, 2)
   assert [*map(str, ranked)] == ["layers=+1,embed=8,heads=4,mlp=16", *map(str, members[1:])]
+  step = run.step
+  monkeypatch.setattr(step, "supernet", dataclasses.replace(step.supernet, space=Space(embed=(8, 16))))
+  with pytest.raises(UserError, match="ViT: its members differ along embed; allowed .* an axis layers"):
+    importance.with_ranked_layers(step, state, [], run.batches)
 
 
 def test_extract_by_a_partial_spec_with_layer_ids(finished, tmp_path):
